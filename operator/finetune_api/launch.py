@@ -1,0 +1,150 @@
+"""`LaunchSpec`: everything the trainer needs, fully resolved by the operator and mounted as `launch.json`.
+
+Nothing is left to a default or to the environment: the same file drives a pod and a run on one's own machine. Secrets never
+stand in it, only the paths of the files that hold them.
+"""
+
+from typing import Literal
+
+from pydantic import Field
+
+from finetune_api.base import ApiModel
+from finetune_api.spec import (
+    ActivationCheckpointing,
+    DatasetFormat,
+    Method,
+    Offload,
+    Precision,
+    Scheduler,
+    ZeroStage,
+)
+
+
+class PathSource(ApiModel):
+    """A file or folder that is there already."""
+
+    kind: Literal["Path"] = "Path"
+    path: str
+
+
+class HubSource(ApiModel):
+    """A repository on a hub that speaks Hugging Face's API, downloaded once into `LaunchSpec.cache_dir`."""
+
+    kind: Literal["Hub"] = "Hub"
+    repo_id: str
+    repo_type: Literal["model", "dataset"]
+    revision: str
+    """A branch, tag or commit; from the second attempt on the commit that the first one resolved."""
+    path: str = ""
+    """A file or folder inside the repository; empty: all of it."""
+    token_file: str | None = None
+
+
+class LaunchDataset(ApiModel):
+    uri: str
+    """As the user wrote it, for messages."""
+    source: PathSource | HubSource = Field(discriminator="kind")
+    format: DatasetFormat
+    max_samples: int | None
+
+
+class LaunchModel(ApiModel):
+    uri: str
+    """As the user wrote it, for messages."""
+    source: PathSource | HubSource = Field(discriminator="kind")
+    chat_template: str | None
+    """A Jinja template; None: the tokenizer's own."""
+
+
+class LaunchAdapter(ApiModel):
+    rank: int
+    alpha: int
+    dropout: float
+    target_modules: list[str]
+    """Module names; `["All"]` is every linear layer but the head."""
+
+
+class LaunchTraining(ApiModel):
+    max_length: int
+    """Tokens of one sample, or of one packed row; longer samples are truncated."""
+    packing: bool
+    global_batch_size: int
+    """Rows of one optimizer step over all ranks."""
+    micro_batch_size: int
+    """Rows of one forward pass on one rank."""
+    gradient_accumulation_steps: int
+    """global_batch_size / (micro_batch_size x world size)."""
+    epochs: int | None
+    max_steps: int | None
+    """Exactly one of `epochs` and `max_steps` is set."""
+    learning_rate: float
+    scheduler: Scheduler
+    warmup_ratio: float
+    weight_decay: float
+    max_grad_norm: float
+    """0: no clipping."""
+    precision: Precision
+    activation_checkpointing: ActivationCheckpointing
+    seed: int
+    eval_every_steps: int | None
+
+
+class LaunchDeepSpeed(ApiModel):
+    zero_stage: ZeroStage
+    offload_optimizer: Offload
+    offload_parameters: Offload
+
+
+class LaunchCheckpoint(ApiModel):
+    dir: str
+    """Belongs to this job alone."""
+    every_steps: int
+    keep: int
+    on_termination: bool
+
+
+class JobIdentity(ApiModel):
+    namespace: str
+    name: str
+    uid: str
+
+
+class Rendezvous(ApiModel):
+    host: str
+    """Rank 0's DNS name; `localhost` for one node."""
+    port: int
+
+
+class LaunchSpec(ApiModel):
+    """The resolved job of one attempt."""
+
+    schema_version: Literal[1] = 1
+    job: JobIdentity
+    attempt: int
+    """From 1. The newest attempt owns the checkpoint folder; an older one that still runs ends itself."""
+    num_nodes: int
+    num_proc_per_node: int
+    threads_per_process: int
+    """CPU threads of one rank; fixed, since sums depend on it."""
+    rendezvous: Rendezvous
+    http_port: int
+    """`/progress`, `/metrics` and `/healthz` of each pod."""
+    termination_grace_seconds: int
+    communication_timeout_seconds: int
+    hang_timeout_seconds: int
+    """A rank without a heartbeat for so long while training has hung (loading and exporting have no such limit)."""
+    model: LaunchModel
+    train: list[LaunchDataset]
+    evaluation: list[LaunchDataset]
+    method: Method
+    adapter: LaunchAdapter | None
+    """None for `Full`."""
+    training: LaunchTraining
+    deepspeed: LaunchDeepSpeed
+    checkpoint: LaunchCheckpoint
+    output_dir: str
+    cache_dir: str
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.num_proc_per_node
