@@ -23,7 +23,16 @@ from finetune_api.base import (
 )
 
 Short = Annotated[str, Field(min_length=1, max_length=253)]
-Quantity = Annotated[str | int, Field(max_length=32, json_schema_extra={"x-finetune-quantity": True})]
+QUANTITY = "must be a positive Kubernetes quantity such as `4`, `500m` or `16Gi`"
+Quantity = Annotated[
+    str | int,
+    Field(
+        json_schema_extra=rules(
+            ("isQuantity(string(self)) && quantity(string(self)).isGreaterThan(quantity('0'))", QUANTITY)
+        )
+        | {"x-finetune-quantity": True}
+    ),
+]
 """A Kubernetes quantity such as `4`, `500m` or `16Gi`."""
 
 
@@ -203,6 +212,16 @@ class DeepSpeedSpec(ApiModel):
 
 
 class ResourcesSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "!has(self.requests) || !has(self.limits) || self.requests.all(name, !(name in self.limits)"
+                " || quantity(string(self.requests[name])).compareTo(quantity(string(self.limits[name]))) <= 0)",
+                "each of `requests` must be at most the same resource's `limits`",
+            ),
+        )
+    }
+
     requests: Annotated[dict[str, Quantity], Field(max_length=16)] = {}
     """Minimum of each resource, as in a container's `resources.requests`."""
     limits: Annotated[dict[str, Quantity], Field(max_length=16)] = {}

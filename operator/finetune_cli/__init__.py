@@ -1,0 +1,1 @@
+"""The `finetune` command: what people type beside kubectl."""

@@ -1,0 +1,172 @@
+"""`finetune follow`: watches one job until it has finished.
+
+The job's status says what happens; while it trains, rank 0 is asked for its own progress through the API server's pod proxy,
+which is finer than what status keeps. Whoever may not use the proxy sees the coarser figures.
+"""
+
+import json
+import sys
+import time
+from typing import Any
+
+from kubernetes import client, config
+from kubernetes.client.exceptions import ApiException
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from urllib3.exceptions import HTTPError
+
+from finetune_api.job import GROUP, LABEL_ATTEMPT, LABEL_JOB_NAME, PLURAL, VERSION, FineTuneJob
+from finetune_api.reports import ProgressReport
+from finetune_api.status import State
+from finetune_cli.view import FINISHED, figures, state_line
+
+POLL_SECONDS = 1.0
+PLAIN_LINE_SECONDS = 10.0
+"""Without a terminal a line is printed this often at most."""
+
+
+class FollowError(Exception):
+    """The job cannot be followed; the message says why."""
+
+
+def run(name: str, namespace: str | None, timeout_seconds: float | None) -> int:
+    """Shows the job until it has finished.
+
+    Returns:
+        0 for Complete, 1 for Failed.
+
+    Raises:
+        FollowError: no cluster answers, the job does not exist, or the time is over.
+    """
+    source = _JobSource(name, namespace)
+    console = Console(stderr=False, highlight=False)
+    display = _Bar(console, name) if console.is_terminal else _Lines(name)
+    deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
+    last_line = ""
+    with display:
+        while True:
+            job = source.job()
+            line = state_line(job)
+            if line != last_line:
+                display.state(line)
+                last_line = line
+            if job.status.state in FINISHED:
+                display.figures(job, None)
+                return 0 if job.status.state is State.COMPLETE else 1
+            display.figures(job, source.progress(job))
+            if deadline and time.monotonic() > deadline:
+                raise FollowError(f"`{name}` has not finished after {timeout_seconds:.0f} s: {line}")
+            time.sleep(POLL_SECONDS)
+
+
+class _JobSource:
+    """Reads the job and rank 0's progress from the API server."""
+
+    def __init__(self, name: str, namespace: str | None) -> None:
+        try:
+            config.load_kube_config()
+            _, context = config.list_kube_config_contexts() if namespace is None else ([], {})
+        except config.ConfigException as error:
+            raise FollowError(f"no cluster: {error}. Set KUBECONFIG, or run `make cluster`") from error
+        self.name = name
+        self.namespace = namespace or context.get("context", {}).get("namespace", "default")
+        self._objects = client.CustomObjectsApi()
+        self._core = client.CoreV1Api()
+
+    def job(self) -> FineTuneJob:
+        try:
+            body: dict[str, Any] = self._objects.get_namespaced_custom_object(
+                GROUP, VERSION, self.namespace, PLURAL, self.name
+            )
+        except ApiException as error:
+            if error.status == 404:
+                raise FollowError(f"no FineTuneJob `{self.name}` in namespace `{self.namespace}`") from error
+            raise FollowError(f"the API server refused: {error.reason} ({error.status})") from error
+        except HTTPError as error:
+            raise FollowError(f"the API server does not answer: {error}") from error
+        return FineTuneJob.from_object(body)
+
+    def progress(self, job: FineTuneJob) -> ProgressReport | None:
+        """Rank 0's report; None where it is not running, does not answer yet, or may not be asked."""
+        if job.status.state is not State.RUNNING or not job.status.attempts:
+            return None
+        attempt = job.status.attempts[-1].number
+        selector = f"{LABEL_JOB_NAME}={self.name},{LABEL_ATTEMPT}={attempt},batch.kubernetes.io/job-completion-index=0"
+        try:
+            pods = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
+            if not pods:
+                return None
+            answer = self._core.connect_get_namespaced_pod_proxy_with_path(
+                f"{pods[0].metadata.name}:http", self.namespace, "progress", _preload_content=False, _request_timeout=2
+            )
+            return ProgressReport.model_validate(json.loads(answer.data))
+        except (ApiException, HTTPError, ValueError):
+            return None
+
+
+class _Bar:
+    """A progress bar for a terminal, with the state's changes above it."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=None),
+            TextColumn(
+                "{task.fields[steps]}  loss {task.fields[loss]}  {task.fields[rate]} tokens/s  ETA {task.fields[eta]}"
+            ),
+            console=console,
+        )
+        self._name = name
+        self._task: TaskID | None = None
+
+    def __enter__(self) -> None:
+        self._progress.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def state(self, line: str) -> None:
+        self._progress.console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
+
+    def figures(self, job: FineTuneJob, report: ProgressReport | None) -> None:
+        shown = figures(job, report)
+        if shown is None:
+            return
+        fields: dict[str, Any] = {
+            "steps": f"{shown.step}/{shown.total_steps or '?'}",
+            "loss": shown.loss,
+            "rate": shown.tokens_per_second,
+            "eta": shown.eta,
+        }
+        if self._task is None:
+            self._task = self._progress.add_task(self._name, total=shown.total_steps, **fields)
+        self._progress.update(self._task, completed=shown.step, total=shown.total_steps, **fields)
+
+
+class _Lines:
+    """Plain lines, for logs and pipes."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._printed_at = float("-inf")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def state(self, line: str) -> None:
+        print(f"{time.strftime('%H:%M:%S')}  {self._name}  {line}", flush=True)
+
+    def figures(self, job: FineTuneJob, report: ProgressReport | None) -> None:
+        shown = figures(job, report)
+        if shown is None or time.monotonic() - self._printed_at < PLAIN_LINE_SECONDS:
+            return
+        self._printed_at = time.monotonic()
+        print(
+            f"{time.strftime('%H:%M:%S')}  {self._name}  step {shown.step}/{shown.total_steps or '?'}"
+            f"  loss {shown.loss}  {shown.tokens_per_second} tokens/s  ETA {shown.eta}",
+            flush=True,
+        )
+        sys.stdout.flush()

@@ -1,0 +1,187 @@
+"""One good manifest and the ways in which people get it wrong."""
+
+import copy
+from typing import Any, NamedTuple
+
+GOOD: dict[str, Any] = {
+    "apiVersion": "finetune.dev/v1alpha1",
+    "kind": "FineTuneJob",
+    "metadata": {"name": "good"},
+    "spec": {
+        "model": {"uri": "pvc://finetune/models/smollm2"},
+        "datasets": {
+            "train": [{"uri": "pvc://finetune/data/train.jsonl", "format": "Messages"}],
+            "evaluation": [{"uri": "pvc://finetune/data/heldout.jsonl"}],
+        },
+        "method": "LoRA",
+        "adapter": {"rank": 8},
+        "training": {"maxSteps": 10, "globalBatchSize": 8, "microBatchSize": 2, "learningRate": "2e-4"},
+        "trainer": {"numNodes": 2, "resourcesPerNode": {"limits": {"cpu": 2, "memory": "4Gi"}}},
+        "output": {"uri": "pvc://finetune/out"},
+    },
+}
+REMOVE = object()
+
+
+class Bad(NamedTuple):
+    """One mistake: where, what stands there, and what the refusal must name."""
+
+    path: str
+    value: Any
+    says: tuple[str, ...]
+
+
+def broken(path: str, value: Any) -> dict[str, Any]:
+    """GOOD with `value` at the dotted path (REMOVE takes the field away; digits are list indices)."""
+    manifest = copy.deepcopy(GOOD)
+    node: Any = manifest
+    *parents, last = [int(part) if part.isdigit() else part for part in path.split(".")]
+    for part in parents:
+        node = node.setdefault(part, {}) if isinstance(node, dict) else node[part]
+    if value is REMOVE:
+        del node[last]
+    elif isinstance(node, list) and last == len(node):
+        node.append(value)
+    else:
+        node[last] = value
+    return manifest
+
+
+BAD: dict[str, Bad] = {
+    "no model": Bad("spec.model", REMOVE, ("spec.model", "Required value")),
+    "no model uri": Bad("spec.model.uri", REMOVE, ("spec.model.uri", "Required value")),
+    "unknown scheme": Bad(
+        "spec.model.uri", "s3://bucket/model", ("spec.model.uri", "hf://org/name", "pvc://claim/path")
+    ),
+    "hub name without org": Bad("spec.model.uri", "hf://smollm2", ("spec.model.uri", "hf://org/name")),
+    "claim in capitals": Bad("spec.model.uri", "pvc://Claim/x", ("spec.model.uri", "pvc://claim/path")),
+    "parent folder in the path": Bad("spec.model.uri", "pvc://c/../secret", ("spec.model.uri", "without `..`")),
+    "revision of a volume": Bad("spec.model.revision", "main", ("spec.model", "`revision` is only for `hf://`")),
+    "credentials of a volume": Bad(
+        "spec.model.credentialsRef", {"name": "token"}, ("spec.model", "`credentialsRef` is only for `hf://`")
+    ),
+    "credentials in capitals": Bad(
+        "spec.model", {"uri": "hf://a/b", "credentialsRef": {"name": "My_Token"}}, ("credentialsRef.name", "lower-case")
+    ),
+    "no data sets": Bad("spec.datasets", REMOVE, ("spec.datasets", "Required value")),
+    "empty training data": Bad("spec.datasets.train", [], ("spec.datasets.train", "at least 1")),
+    "data set without uri": Bad(
+        "spec.datasets.train.0", {"format": "Text"}, ("spec.datasets.train[0].uri", "Required value")
+    ),
+    "unknown format": Bad(
+        "spec.datasets.train.0.format",
+        "CSV",
+        ("spec.datasets.train[0].format", "Alpaca", "ShareGPT", "Messages", "Text"),
+    ),
+    "no samples": Bad(
+        "spec.datasets.train.0.maxSamples", 0, ("spec.datasets.train[0].maxSamples", "greater than or equal to 1")
+    ),
+    "hub data set without datasets/": Bad(
+        "spec.datasets.train.0.uri", "hf://org/name", ("spec.datasets.train[0].uri", "hf://datasets/org/name")
+    ),
+    "unknown method": Bad("spec.method", "QLoRA", ("spec.method", "Full", "LoRA")),
+    "adapter for a full run": Bad("spec.method", "Full", ("`adapter` is only for `method: LoRA`",)),
+    "rank 0": Bad("spec.adapter.rank", 0, ("spec.adapter.rank", "greater than or equal to 1")),
+    "dropout 1": Bad("spec.adapter.dropout", "1.0", ("spec.adapter.dropout", "from 0 up to, but not including, 1")),
+    "no target modules": Bad("spec.adapter.targetModules", [], ("spec.adapter.targetModules", "at least 1")),
+    "learning rate in words": Bad(
+        "spec.training.learningRate", "fast", ("spec.training.learningRate", "decimal number", "0.0002")
+    ),
+    "learning rate without quotes": Bad(
+        "spec.training.learningRate", 0.0002, ("spec.training.learningRate", "type string")
+    ),
+    "learning rate 0": Bad("spec.training.learningRate", "0", ("spec.training.learningRate", "above 0 and at most 1")),
+    "negative learning rate": Bad("spec.training.learningRate", "-1e-4", ("spec.training.learningRate", "above 0")),
+    "negative norm": Bad("spec.training.maxGradNorm", "-1", ("spec.training.maxGradNorm", "0 or more")),
+    "warm-up longer than the run": Bad(
+        "spec.training.warmupRatio", "1.5", ("spec.training.warmupRatio", "not including, 1")
+    ),
+    "epochs and steps": Bad("spec.training.epochs", 3, ("spec.training", "`epochs` or `maxSteps`, not both")),
+    "0 steps": Bad("spec.training.maxSteps", 0, ("spec.training.maxSteps", "greater than or equal to 1")),
+    "too short": Bad("spec.training.maxLength", 4, ("spec.training.maxLength", "greater than or equal to 8")),
+    "unknown precision": Bad("spec.training.precision", "FP16", ("spec.training.precision", "BF16", "FP32")),
+    "unknown scheduler": Bad(
+        "spec.training.scheduler", "Step", ("spec.training.scheduler", "Constant", "Linear", "Cosine")
+    ),
+    "micro-batch does not divide": Bad("spec.training.microBatchSize", 3, ("`globalBatchSize` must be a multiple of",)),
+    "ranks do not divide": Bad(
+        "spec.trainer.numNodes", 3, ("`training.globalBatchSize` must be a multiple of", "numNodes")
+    ),
+    "evaluation without data": Bad(
+        "spec.datasets.evaluation", REMOVE, ("`training.evalEverySteps` needs a data set in `datasets.evaluation`",)
+    ),
+    "negative seed": Bad("spec.training.seed", -1, ("spec.training.seed", "greater than or equal to 0")),
+    "ZeRO 4": Bad("spec.deepspeed.zeroStage", 4, ("spec.deepspeed.zeroStage", "0", "1", "2", "3")),
+    "offload without ZeRO": Bad(
+        "spec.deepspeed.offloadOptimizer", "CPU", ("spec.deepspeed", "needs `zeroStage` 1, 2 or 3")
+    ),
+    "parameters offloaded without ZeRO-3": Bad(
+        "spec.deepspeed", {"zeroStage": 2, "offloadParameters": "CPU"}, ("spec.deepspeed", "needs `zeroStage: 3`")
+    ),
+    "unknown offload": Bad(
+        "spec.deepspeed.offloadOptimizer", "Disk", ("spec.deepspeed.offloadOptimizer", "None", "CPU")
+    ),
+    "0 nodes": Bad("spec.trainer.numNodes", 0, ("spec.trainer.numNodes", "greater than or equal to 1")),
+    "17 processes": Bad("spec.trainer.numProcPerNode", 17, ("spec.trainer.numProcPerNode", "less than or equal to 16")),
+    "GPUs and processes differ": Bad(
+        "spec.trainer.resourcesPerNode.limits", {"nvidia.com/gpu": 8}, ("spec.trainer", "must equal `numProcPerNode`")
+    ),
+    "no quantity": Bad(
+        "spec.trainer.resourcesPerNode.limits.memory", "lots", ("limits", "positive Kubernetes quantity")
+    ),
+    "negative quantity": Bad(
+        "spec.trainer.resourcesPerNode.limits.memory", "-1Gi", ("limits", "positive Kubernetes quantity")
+    ),
+    "requests above limits": Bad(
+        "spec.trainer.resourcesPerNode.requests",
+        {"memory": "8Gi"},
+        ("spec.trainer.resourcesPerNode", "at most the same resource's"),
+    ),
+    "variable with a blank": Bad(
+        "spec.trainer.env", [{"name": "A B", "value": "1"}], ("spec.trainer.env[0].name", "letters, digits")
+    ),
+    "variable without value": Bad(
+        "spec.trainer.env", [{"name": "A"}], ("spec.trainer.env[0]", "`value` or `secretKeyRef`")
+    ),
+    "variable twice": Bad(
+        "spec.trainer.env",
+        [{"name": "A", "value": "1"}, {"name": "A", "value": "2"}],
+        ("spec.trainer.env[1]", "Duplicate value"),
+    ),
+    "unknown taint effect": Bad(
+        "spec.trainer.tolerations",
+        [{"key": "gpu", "effect": "Never"}],
+        ("spec.trainer.tolerations[0].effect", "NoSchedule"),
+    ),
+    "checkpoint to a hub": Bad(
+        "spec.checkpoint.uri", "hf://org/name", ("spec.checkpoint.uri", "where the trainer can write")
+    ),
+    "checkpoint every 0 steps": Bad(
+        "spec.checkpoint.everySteps", 0, ("spec.checkpoint.everySteps", "greater than or equal to 1")
+    ),
+    "keep none": Bad("spec.checkpoint.keep", 0, ("spec.checkpoint.keep", "greater than or equal to 1")),
+    "negative backoff limit": Bad(
+        "spec.recovery.backoffLimit", -1, ("spec.recovery.backoffLimit", "greater than or equal to 0")
+    ),
+    "no output": Bad("spec.output", REMOVE, ("spec.output", "Required value")),
+    "output to a hub": Bad("spec.output.uri", "hf://org/name", ("spec.output.uri", "where the trainer can write")),
+    "deadline 0": Bad("spec.activeDeadlineSeconds", 0, ("spec.activeDeadlineSeconds", "greater than or equal to 1")),
+    "negative TTL": Bad(
+        "spec.ttlSecondsAfterFinished", -1, ("spec.ttlSecondsAfterFinished", "greater than or equal to 0")
+    ),
+    "suspend in words": Bad("spec.suspend", "yes please", ("spec.suspend", "type boolean")),
+    "unknown field": Bad("spec.training.batchSize", 4, ("unknown field", "spec.training.batchSize")),
+    "misspelt block": Bad("spec.trainning", {}, ("unknown field", "spec.trainning")),
+    "name too long": Bad("metadata.name", "a" * 51, ("metadata.name", "at most 50")),
+    "name begins with a digit": Bad("metadata.name", "7b-lora", ("metadata.name", "begin with a letter")),
+}
+"""`evaluation without data` needs `evalEverySteps` as well: see `manifest`."""
+
+
+def manifest(case: str) -> dict[str, Any]:
+    """The broken manifest of one case."""
+    bad = BAD[case]
+    made = broken(bad.path, bad.value)
+    if case == "evaluation without data":
+        made["spec"]["training"]["evalEverySteps"] = 5
+    return made
