@@ -1,7 +1,7 @@
 """Generates the CustomResourceDefinition from the models: `python -m finetune_api.crd [--check]`.
 
-The pydantic JSON schema becomes a structural schema: references are inlined, optional fields lose their `null`, nested
-defaults become `{}` (the API server fills them in from the inside), and CEL rules travel along as they stand on the models.
+The pydantic JSON schema becomes a structural schema: references are inlined, optional fields lose their `null`, and CEL rules
+travel along as they stand on the models.
 """
 
 import json
@@ -107,7 +107,12 @@ def _structural(node: dict[str, Any], definitions: dict[str, Any], name: str = "
     """One node of a JSON schema as a node of a structural schema; `name` is the property's name."""
     merged = _resolve(node, definitions)
     if merged.pop("x-finetune-quantity", False):
-        return {**_description(merged), "x-kubernetes-int-or-string": True, VALIDATIONS: merged[VALIDATIONS]}
+        return {
+            **_description(merged),
+            "x-kubernetes-int-or-string": True,
+            "maxLength": 32,
+            VALIDATIONS: merged[VALIDATIONS],
+        }
     out = {key: value for key, value in merged.items() if key in _KEPT} | _description(merged)
     if "const" in merged:
         out["enum"] = [merged["const"]]
@@ -138,12 +143,19 @@ def _description(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def _default(merged: dict[str, Any], out: dict[str, Any]) -> dict[str, Any]:
-    default = merged.get("default")
-    if default is None or default == []:
+    default = _without_absent(merged.get("default"))
+    if default is None or default == [] or (default == {} and not out.get("properties")):
         return {}
-    if isinstance(default, dict):
-        return {"default": {}} if out.get("properties") else {}
     return {"default": default}
+
+
+def _without_absent(value: Any) -> Any:
+    """A default without nulls and empty lists. A block's default holds those of its fields, since the API server checks its
+    rules on it as it stands."""
+    if isinstance(value, dict):
+        cleaned = {key: _without_absent(child) for key, child in value.items()}
+        return {key: child for key, child in cleaned.items() if child not in (None, [], {})}
+    return value
 
 
 def render() -> str:

@@ -1,0 +1,99 @@
+"""The cluster under test: the installed operator, the volume, and ways to disturb them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.e2e.jobs import CLAIM, Job
+from tests.e2e.kube import Kubectl, KubectlError, wait_for
+from tests.e2e.results import Result
+
+ROOT = Path(__file__).resolve().parents[2]
+RELEASE = "finetune-operator"
+TOOLBOX = "toolbox"
+
+
+def cluster_command(*arguments: str, timeout: float = 900) -> str:
+    """Runs `python3 -m cluster ARGUMENTS` and returns its standard output."""
+    command = [sys.executable, "-m", "cluster", *arguments]
+    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True).stdout
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """Handles to everything that a test touches."""
+
+    kubectl: Kubectl
+    """In the namespace of jobs and operator."""
+    helm: str
+    images: dict[str, str]
+
+    def result(self, job: Job) -> Result:
+        """What the job exported, read from the volume."""
+        folder = f"/mnt/{job.object['spec']['output']['uri'].removeprefix('pvc://' + CLAIM + '/')}"
+        weights = self.kubectl.exec(TOOLBOX, "sh", "-c", f"cat {folder}/*.safetensors | sha256sum").split()[0]
+        report = json.loads(self.kubectl.exec(TOOLBOX, "cat", f"{folder}/train_result.json"))
+        return Result(weights, *(repr(report[key]) for key in ("loss", "evalLoss", "baseEvalLoss")))
+
+    def kill_rank(self, pod: str) -> None:
+        """SIGKILL to the last rank of a pod, as the kernel's OOM killer would do it."""
+        script = (
+            "import os, pathlib\n"
+            "ranks = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ')\n"
+            "         if b'LOCAL_RANK=' in p.read_bytes() and int(p.parent.name) != os.getpid()]\n"
+            "os.kill(max(ranks), 9)\n"
+        )
+        self.kubectl.exec(pod, "python", "-c", script)
+
+    def evict(self, pod: str) -> None:
+        """Evicts a pod through the API, as `kubectl drain` does."""
+        body = {
+            "apiVersion": "policy/v1",
+            "kind": "Eviction",
+            "metadata": {"name": pod, "namespace": self.kubectl.namespace},
+        }
+        path = f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pod}/eviction"
+        self.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
+
+    def stop_node(self, node: str) -> None:
+        cluster_command("node", "stop", node)
+
+    def start_node(self, node: str) -> None:
+        cluster_command("node", "start", node)
+        wait_for(f"{node} to be ready", lambda: _ready(self.kubectl.get("node", node)), 60)
+
+    def operator_pods(self) -> list[dict[str, Any]]:
+        return self.kubectl.list("pods", f"app.kubernetes.io/name={RELEASE}")
+
+    def kill_operator(self) -> None:
+        """Takes every operator pod away at once, without a grace period."""
+        names = [pod["metadata"]["name"] for pod in self.operator_pods()]
+        self.kubectl("delete", "pod", *names, "--grace-period=0", "--force", "--wait=true")
+
+    def scale_operator(self, replicas: int) -> None:
+        self.kubectl("scale", "deployment", RELEASE, f"--replicas={replicas}")
+        wait_for(
+            f"{replicas} operator pods",
+            lambda: len(self._ready_operators()) == replicas == len(self.operator_pods()),
+            60,
+        )
+
+    def wait_operator(self) -> None:
+        wait_for("a ready operator", self._ready_operators, 60, lambda: self.operator_pods())
+
+    def _ready_operators(self) -> list[dict[str, Any]]:
+        return [pod for pod in self.operator_pods() if _ready(pod) and "deletionTimestamp" not in pod["metadata"]]
+
+    def gone(self, kind: str, selector: str = "") -> bool:
+        try:
+            return not self.kubectl.list(kind, selector)
+        except KubectlError:
+            return False
+
+
+def _ready(body: dict[str, Any]) -> bool:
+    conditions = body.get("status", {}).get("conditions", [])
+    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)

@@ -1,0 +1,127 @@
+"""Whatever happens in the middle of training, the job ends Complete and its result is the unbroken run's, bit for bit.
+
+Every test breaks a running two-node job in one way, waits for Complete and compares the exported weights' SHA-256 and the
+final losses with those of a job that nobody touched. What was lost and how long it took is printed as a table at the end.
+"""
+
+from collections.abc import Callable
+from datetime import datetime
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import Cluster
+from tests.e2e.jobs import Job, now, start
+from tests.e2e.kube import wait_for
+from tests.e2e.recovery_table import Row
+from tests.e2e.results import Result
+
+pytestmark = pytest.mark.cluster
+
+STEPS = 60
+SPEC: dict[str, Any] = {
+    "training": {"maxSteps": STEPS, "packing": True},
+    "trainer": {"numNodes": 2},
+    "deepspeed": {"zeroStage": 2},
+    "checkpoint": {"everySteps": 5},
+    "datasets": {},
+}
+BREAK_AT = 12
+
+
+@pytest.fixture(scope="module")
+def unbroken(cluster: Cluster) -> Result:
+    """The result of a job that nobody touched."""
+    job = start(cluster.kubectl, "unbroken", SPEC)
+    status = job.complete()
+    assert status.get("restarts", 0) == 0
+    return cluster.result(job)
+
+
+def delete_pod(cluster: Cluster, job: Job) -> None:
+    cluster.kubectl("delete", "pod", job.pods()[1]["metadata"]["name"], "--wait=false")
+
+
+def kill_rank(cluster: Cluster, job: Job) -> None:
+    cluster.kill_rank(job.pods()[1]["metadata"]["name"])
+
+
+def evict(cluster: Cluster, job: Job) -> None:
+    cluster.evict(job.pods()[0]["metadata"]["name"])
+
+
+@pytest.mark.parametrize(
+    ("name", "disturb", "reason"),
+    [
+        ("pod-deleted", delete_pod, "PodDeleted"),
+        ("rank-killed", kill_rank, "RankKilled"),
+        ("evicted", evict, "Evicted"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_gang_restarts(
+    cluster: Cluster,
+    unbroken: Result,
+    recovery_table: list[Row],
+    name: str,
+    disturb: Callable[[Cluster, Job], None],
+    reason: str,
+) -> None:
+    job = start(cluster.kubectl, name, SPEC)
+    job.wait_step(BREAK_AT)
+    at = now()
+    disturb(cluster, job)
+    _finish(cluster, job, unbroken, recovery_table, reason, at)
+
+
+def test_lost_node(cluster: Cluster, unbroken: Result, recovery_table: list[Row]) -> None:
+    job = start(cluster.kubectl, "node-lost", SPEC)
+    job.wait_step(BREAK_AT)
+    node = job.pods()[1]["spec"]["nodeName"]
+    at = now()
+    try:
+        cluster.stop_node(node)
+        _finish(cluster, job, unbroken, recovery_table, "NodeLost", at)
+    finally:
+        cluster.start_node(node)
+
+
+def test_operator_killed(cluster: Cluster, unbroken: Result, recovery_table: list[Row]) -> None:
+    """The job trains on while the operator is away, and is adopted, not restarted, when it is back."""
+    job = start(cluster.kubectl, "operator-killed", SPEC)
+    job.wait_step(BREAK_AT)
+    before = {pod["metadata"]["uid"] for pod in job.pods()}
+    at = now()
+    cluster.kill_operator()
+    cluster.wait_operator()
+    downtime = now() - at
+    status = job.complete()
+    assert status.get("restarts", 0) == 0
+    assert {pod["metadata"]["uid"] for pod in job.pods()} == before
+    assert cluster.result(job) == unbroken
+    recovery_table.append(Row("operator killed", "none needed", None, downtime, 0))
+
+
+def _finish(cluster: Cluster, job: Job, unbroken: Result, table: list[Row], reason: str, at: float) -> None:
+    """Waits for Complete, compares with the unbroken run and adds the table's row."""
+    status = job.wait("a second attempt", lambda status: len(status.get("attempts", [])) > 1)
+    first = status["attempts"][0]
+    assert first["reason"] == reason, first
+    running = wait_for(f"{job.name}: the new gang runs", lambda: _running_since(job.pods(2)), 120, lambda: job.status)
+    status = job.complete()
+    assert status["restarts"] == 1
+    assert status["attempts"][1]["fromStep"] > 0, "the second attempt resumed from a checkpoint"
+    assert cluster.result(job) == unbroken
+    detected = datetime.fromisoformat(first["endTime"]).timestamp()
+    table.append(Row(job.name, reason, detected - at, running - at, status["attempts"][0]["lostSteps"]))
+
+
+def _running_since(pods: list[dict[str, Any]]) -> float | None:
+    """When the last of two pods started running, as seconds since 1970; None before."""
+    started = [
+        state["running"]["startedAt"]
+        for pod in pods
+        for container in pod["status"].get("containerStatuses", [])
+        if "running" in (state := container["state"])
+    ]
+    return max(datetime.fromisoformat(text).timestamp() for text in started) if len(started) == 2 else None

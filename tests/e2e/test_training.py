@@ -1,0 +1,88 @@
+"""Real weights, real data: a job trains, and two nodes give what one gives."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.e2e.cluster import TOOLBOX, Cluster
+from tests.e2e.jobs import SMOLLM2, Job, start
+
+pytestmark = pytest.mark.cluster
+
+TOLERANCE = 2e-5
+"""Relative difference of losses: float32 sums in another order (the gradients of two ranks are added, not one's)."""
+
+
+@pytest.fixture(scope="module")
+def one_process(cluster: Cluster) -> Job:
+    job = start(cluster.kubectl, "one-process", {"model": {"uri": SMOLLM2}, "training": {"maxSteps": 8}})
+    job.complete(timeout=600)
+    return job
+
+
+def test_held_out_loss_falls(cluster: Cluster, one_process: Job) -> None:
+    result = _report(cluster, one_process)
+    assert result["evalLoss"] < result["baseEvalLoss"] - 0.05
+
+
+@pytest.mark.parametrize("stage", [2, 3], ids=["zero2", "zero3"])
+def test_two_nodes_give_what_one_process_gives(cluster: Cluster, one_process: Job, stage: int) -> None:
+    spec: dict[str, Any] = {
+        "model": {"uri": SMOLLM2},
+        "training": {"maxSteps": 8},
+        "trainer": {"numNodes": 2},
+        "deepspeed": {"zeroStage": stage},
+    }
+    job = start(cluster.kubectl, f"two-nodes-zero{stage}", spec)
+    job.wait_state("Running")
+    assert len({pod["spec"]["nodeName"] for pod in job.pods()}) == 2, "pods stand on different nodes"
+    job.complete(timeout=600)
+    ours, theirs = _report(cluster, job), _report(cluster, one_process)
+    for key in ("baseEvalLoss", "evalLoss", "loss"):
+        assert ours[key] == pytest.approx(theirs[key], rel=TOLERANCE), key
+
+
+def test_adapter_loads_in_plain_transformers_and_peft(cluster: Cluster, one_process: Job) -> None:
+    """The exported adapter, loaded by other people's code in another process, has the loss that the trainer reported."""
+    output = cluster.kubectl.exec(
+        TOOLBOX, "python", "-c", PLAIN, "/mnt/models/SmolLM2-135M-Instruct", f"/mnt/outputs/{one_process.name}",
+        "/mnt/datasets/humaneval/heldout.jsonl",
+    )  # fmt: skip
+    measured = json.loads(output.splitlines()[-1])
+    assert measured["tuned"] == pytest.approx(_report(cluster, one_process)["evalLoss"], rel=1e-4)
+    assert measured["base"] == pytest.approx(_report(cluster, one_process)["baseEvalLoss"], rel=1e-4)
+
+
+PLAIN = """
+import json, sys, torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model_dir, adapter_dir, data = sys.argv[1:]
+tokenizer = AutoTokenizer.from_pretrained(adapter_dir)
+base = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+samples = [json.loads(line)["messages"] for line in open(data)][:8]
+def loss(model):
+    total = tokens = 0
+    for messages in samples:
+        ids = tokenizer.apply_chat_template(messages, return_dict=False)
+        start = len(tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, return_dict=False))
+        ids = torch.tensor([ids[:128]])
+        labels = ids.clone()
+        labels[:, :start] = -100
+        count = int((labels[:, 1:] != -100).sum())
+        if count:
+            with torch.no_grad():
+                total += model(input_ids=ids, labels=labels).loss.item() * count
+            tokens += count
+    return total / tokens
+before = loss(base)
+after = loss(PeftModel.from_pretrained(base, adapter_dir))
+print(json.dumps({"base": before, "tuned": after}))
+"""
+
+
+def _report(cluster: Cluster, job: Job) -> dict[str, Any]:
+    text = cluster.kubectl.exec(TOOLBOX, "cat", f"/mnt/outputs/{job.name}/train_result.json")
+    report: dict[str, Any] = json.loads(text)
+    return report
