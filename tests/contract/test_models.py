@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from finetune_api import crd
+from finetune_api import crd, reference
 from finetune_api.base import VALIDATIONS
 from finetune_api.job import FineTuneJob
 from finetune_api.reasons import EXIT_CODES, FAILURES, Reason
@@ -15,6 +15,12 @@ from tests.contract.manifests import GOOD, broken
 
 def test_committed_crds_equal_the_models() -> None:
     assert [path.read_text() for path in crd.TARGETS] == [crd.render()] * len(crd.TARGETS), "run `make generate`"
+
+
+def test_committed_reference_equals_the_models() -> None:
+    assert {path: path.read_text() for path in reference.PAGES} == {
+        path: render() for path, render in reference.PAGES.items()
+    }, "run `make generate`"
 
 
 def test_good_manifest_round_trips() -> None:
