@@ -68,13 +68,17 @@ def content_hash(paths: Iterable[Path], extra: Iterable[str]) -> str:
     """Returns 12 hex digits that change with the content or name of any file under the paths, or with `extra`."""
     digest = hashlib.sha256()
     for root in paths:
-        files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if path.is_file())
+        files = [root] if root.is_file() else sorted(path for path in root.rglob("*") if _is_source(path))
         for file in files:
             name = file.relative_to(root.parent).as_posix()
             digest.update(f"{name}\0{file.stat().st_size}\0".encode())
             digest.update(file.read_bytes())
     digest.update("\0".join(extra).encode())
     return digest.hexdigest()[:12]
+
+
+def _is_source(path: Path) -> bool:
+    return path.is_file() and "__pycache__" not in path.parts
 
 
 def _version_flags() -> list[str]:

@@ -1,11 +1,157 @@
-"""stub"""
+"""Builds the project's images with Docker or buildah, and moves them to where the nodes find them.
 
-from cluster.settings import Settings
+An image's tag is the hash of what it is made of, so what is already in the registry is neither built nor pushed.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import shutil
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from cluster import build as builds
+from cluster import built, dockerfile, packages, providers, shell
+from cluster.console import step
+from cluster.errors import ClusterError
+from cluster.providers import Provider
+from cluster.settings import REPOSITORY, Node, Settings
+
+NAMESPACE = "finetune-operator"
+BASE_IMAGE = "localhost/finetune-base:bookworm"
+BASE_PACKAGES = "python3,python3-venv,ca-certificates"
+MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
+CA_BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE")
+# Chosen by measurement, see README.md: gzip takes four times as long for a tenth less.
+COMPRESSION = ("--format", "oci", "--compression-format", "zstd", "--compression-level", "1")
 
 
-def build(settings: Settings, target: str, build_args: list[str]) -> str:
-    raise NotImplementedError
+def build(settings: Settings, target: str, build_args: Sequence[str]) -> str:
+    """Builds a target of the repository's Dockerfile unless it is there already.
+
+    Args:
+        settings: The instance.
+        target: `operator` or `trainer`.
+        build_args: `KEY=VALUE`, given to the build and part of the tag.
+
+    Returns:
+        The reference that pods use.
+
+    Raises:
+        ClusterError: There is nowhere to push to, or the build failed.
+    """
+    name = f"{NAMESPACE}/{target}:{dockerfile.tag(REPOSITORY, target, build_args)}"
+    info = providers.info(settings)
+    registry = info["registry"]
+    if info["provider"] == Provider.KIND and not registry:
+        _build_with_docker(settings, name, target, build_args)
+        with step("loading the image into kind", "10 s for the operator, 2 minutes for the trainer"):
+            shell.run(["kind", "load", "docker-image", name, "--name", settings.name])
+        return name
+    if not registry:
+        raise ClusterError("no registry to push to", hint="set IMAGE_REGISTRY to one that your cluster pulls from")
+    reference = f"{registry}/{name}"
+    if info["provider"] == Provider.BUILT:
+        _check_registry(settings)
+        if _is_in_registry(registry, name):
+            return reference
+    if info["provider"] == Provider.BUILT or shutil.which("docker") is None:
+        _build_with_buildah(settings, reference, target, build_args)
+    else:
+        _build_with_docker(settings, reference, target, build_args)
+        shell.run(["docker", "push", reference])
+    return reference
 
 
 def load(settings: Settings, reference: str) -> None:
-    raise NotImplementedError
+    """Pulls an image on every node of the built cluster at once, so that pods start without waiting.
+
+    Raises:
+        ClusterError: A pull failed.
+    """
+    if providers.choose(settings).provider is not Provider.BUILT:
+        return
+    program = builds.kubernetes(settings) / "cri-pull"
+
+    def pull(node: Node) -> None:
+        endpoint = f"unix://{settings.containerd_socket(node)}"
+        shell.run([program, endpoint, reference], hint="is the image in the registry, and the cluster up?")
+
+    what = f"pulling {reference} on {settings.num_nodes} nodes"
+    with step(what, "seconds; 4 minutes for a new torch layer"), ThreadPoolExecutor() as pool:
+        list(pool.map(pull, settings.nodes))
+
+
+def _build_with_docker(settings: Settings, tag: str, target: str, build_args: Sequence[str]) -> None:
+    if shell.succeeds(["docker", "image", "inspect", tag]):
+        return
+    with step(f"building {tag} with docker", "1 minute for the operator, 10 for the trainer"):
+        command = ["docker", "build", "--target", target, "--tag", tag, *_arguments(build_args), str(REPOSITORY)]
+        shell.run(command, env={"DOCKER_BUILDKIT": "1"}, log=_log(settings, "build", target))
+
+
+def _build_with_buildah(settings: Settings, reference: str, target: str, build_args: Sequence[str]) -> None:
+    packages.ensure(settings, packages.IMAGES)
+    _ensure_base_image(settings)
+    # The caller's arguments last: of two values, buildah takes the last.
+    arguments = ["--build-arg", f"BASE={BASE_IMAGE}", *_arguments(build_args)]
+    options = ["--isolation", "chroot", "--network", "host", "--layers", "--target", target, "--tag", reference]
+    with step(f"building {reference} with buildah", "1 minute for the operator, 10 for the trainer"):
+        shell.run(["buildah", "bud", *options, *arguments, REPOSITORY], log=_log(settings, "build", target))
+    with step(f"pushing {reference}", "seconds; 1 minute for a new torch layer"):
+        push = ["buildah", "push", "--tls-verify=false", *COMPRESSION, reference, f"docker://{reference}"]
+        shell.run(push, log=_log(settings, "push", target))
+
+
+def _ensure_base_image(settings: Settings) -> None:
+    """Makes a Debian with Python, where no registry can be reached that has one."""
+    if shell.succeeds(["buildah", "inspect", "--type", "image", BASE_IMAGE]):
+        return
+    log = settings.cache / "log" / "base-image.log"
+    with step("making the base image with mmdebstrap", "1 minute"), TemporaryDirectory(dir=settings.cache) as folder:
+        root = Path(folder) / "root.tar"
+        shell.run(
+            ["mmdebstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root],
+            log=log,
+            hint="it needs a Debian mirror",
+        )
+        container = shell.run(["buildah", "from", "scratch"]).strip()
+        try:
+            shell.run(["buildah", "add", "--quiet", container, root, "/"])
+            shell.run(
+                ["buildah", "config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "python3", container]
+            )
+            shell.run(["buildah", "commit", "--quiet", container, BASE_IMAGE])
+        finally:
+            shell.run(["buildah", "rm", container])
+
+
+def _arguments(build_args: Sequence[str]) -> list[str]:
+    arguments = [word for value in build_args for word in ("--build-arg", value)]
+    # A proxy with its own certificate authority: a secret, so that no layer keeps it.
+    bundle = next((os.environ[name] for name in CA_BUNDLES if Path(os.environ.get(name, "/")).is_file()), None)
+    return [*arguments, "--secret", f"id=ca-bundle,src={bundle}"] if bundle else arguments
+
+
+def _log(settings: Settings, step_name: str, target: str) -> Path:
+    return settings.cache / "log" / f"{step_name}-{target}.log"
+
+
+def _check_registry(settings: Settings) -> None:
+    if not built.is_running(settings):
+        raise ClusterError(f"cluster `{settings.name}` does not run", hint="start it: python3 -m cluster up")
+
+
+def _is_in_registry(registry: str, name: str) -> bool:
+    repository, _, tag = name.rpartition(":")
+    connection = http.client.HTTPConnection(registry, timeout=10)
+    try:
+        connection.request("HEAD", f"/v2/{repository}/manifests/{tag}", headers={"Accept": MANIFESTS})
+        return connection.getresponse().status == 200
+    except OSError as error:
+        raise ClusterError(f"the registry {registry} does not answer: {error}") from error
+    finally:
+        connection.close()
