@@ -13,6 +13,11 @@
 {{- end -}}
 {{- end -}}
 
+{{/* Cluster-wide objects: two releases of one name in two namespaces must not meet. */}}
+{{- define "finetune.clusterName" -}}
+{{- printf "%s:%s" .Release.Namespace (include "finetune.fullname" .) -}}
+{{- end -}}
+
 {{- define "finetune.selectorLabels" -}}
 app.kubernetes.io/name: {{ include "finetune.name" . }}
 app.kubernetes.io/instance: {{ .Release.Name }}

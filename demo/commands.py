@@ -1,0 +1,91 @@
+"""Runs other programs: output to a log, and all of them ended when the demo ends early."""
+
+import os
+import signal
+import subprocess
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class CommandError(Exception):
+    """A program failed.
+
+    Attributes:
+        hint: what a person can do about it; empty where only the log can tell.
+    """
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+_running: set[subprocess.Popen[str]] = set()
+_lock = threading.Lock()
+
+
+def run(
+    command: Sequence[str | Path], log: Path, *, stdin: str | None = None, hint: str = "", timeout: float | None = None
+) -> str:
+    """Runs a program and returns its standard output; both outputs go to the log as well.
+
+    Raises:
+        CommandError: it ended with another status than 0, or took longer than `timeout` seconds.
+    """
+    words = [str(word) for word in command]
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open("a") as errors:
+        errors.write(f"$ {' '.join(words)}\n")
+        errors.flush()
+        process = subprocess.Popen(
+            words,
+            cwd=ROOT,
+            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,
+        )
+        with _lock:
+            _running.add(process)
+        try:
+            output, _ = process.communicate(stdin, timeout)
+        except subprocess.TimeoutExpired:
+            _end(process)
+            raise CommandError(f"`{' '.join(words[:4])} ...` took longer than {timeout:.0f} s", hint) from None
+        finally:
+            with _lock:
+                _running.discard(process)
+        errors.write(output)
+    if process.returncode:
+        raise CommandError(f"`{' '.join(words[:4])} ...` failed with status {process.returncode}", hint)
+    return output
+
+
+def end_all() -> None:
+    """Ends every program that still runs, with its children."""
+    with _lock:
+        processes = list(_running)
+    for process in processes:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    try:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait(10)
+    except (ProcessLookupError, subprocess.TimeoutExpired):
+        pass
+
+
+def last_line(log: Path) -> str:
+    """The last line of a log that says something, for showing that work goes on."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, log.stat().st_size - 2000))
+            lines = file.read().decode(errors="replace").replace("\r", "\n").splitlines()
+    except OSError:
+        return ""
+    return next((line.strip() for line in reversed(lines) if line.strip()), "")
