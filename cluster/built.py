@@ -143,6 +143,9 @@ def _wait_until_usable(settings: Settings) -> None:
         with step("waiting for the nodes to be Ready", "5 s"):
             log = parts.log(settings, node.part_name(settings.nodes[0], "kubelet"))
             _wait("the nodes", lambda: _all_ready(settings, client), 60, log)
+    # A pod that is made before its namespace has a service account is refused.
+    account = "/api/v1/namespaces/default/serviceaccounts/default"
+    _wait("service accounts", lambda: client.exists(account), 30, parts.log(settings, "kube-controller-manager"))
     _wait("DNS", lambda: _dns_answers(settings), 30, parts.log(settings, "coredns"))
 
 

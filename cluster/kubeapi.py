@@ -58,6 +58,14 @@ class Client:
         result: Object = json.loads(self.request("GET", path))
         return result
 
+    def exists(self, path: str) -> bool:
+        """Tells whether there is an object at a path; a server that does not answer has none."""
+        try:
+            self.request("GET", path)
+        except ApiError:
+            return False
+        return True
+
     def items(self, path: str) -> list[Object]:
         """Returns the items of the list at a path."""
         result: list[Object] = self.get(path).get("items") or []
