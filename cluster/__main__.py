@@ -47,7 +47,7 @@ def _dispatch(arguments: argparse.Namespace, instance: settings.Settings) -> Non
 
 def _image(arguments: argparse.Namespace, instance: settings.Settings) -> None:
     if arguments.action == "build":
-        print(images.build(instance, arguments.target, arguments.build_arg))
+        print(images.build(instance, arguments.target, arguments.build_arg, push=arguments.push))
     else:
         images.load(instance, arguments.reference)
 
@@ -70,6 +70,7 @@ def _parser() -> argparse.ArgumentParser:
     build = actions.add_parser("build", help="build a target of the Dockerfile, push it, print its reference")
     build.add_argument("--target", required=True)
     build.add_argument("--build-arg", action="append", default=[], metavar="KEY=VALUE")
+    build.add_argument("--no-push", dest="push", action="store_false", help="build only; needs no cluster yet")
     load = actions.add_parser("load", help="pull an image on every node, so that pods start at once")
     load.add_argument("reference")
     # Internal: what the cluster itself runs.

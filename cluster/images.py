@@ -29,13 +29,14 @@ CA_BUNDLES = ("SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "PIP_CERT", "CURL_CA_BUNDLE
 COMPRESSION = ("--format", "oci", "--compression-format", "zstd", "--compression-level", "1")
 
 
-def build(settings: Settings, target: str, build_args: Sequence[str]) -> str:
+def build(settings: Settings, target: str, build_args: Sequence[str], *, push: bool = True) -> str:
     """Builds a target of the repository's Dockerfile unless it is there already.
 
     Args:
         settings: The instance.
         target: `operator` or `trainer`.
         build_args: `KEY=VALUE`, given to the build and part of the tag.
+        push: False builds only, which needs no cluster yet; a later call finds the layers made.
 
     Returns:
         The reference that pods use.
@@ -48,21 +49,26 @@ def build(settings: Settings, target: str, build_args: Sequence[str]) -> str:
     registry = info["registry"]
     if info["provider"] == Provider.KIND and not registry:
         _build_with_docker(settings, name, target, build_args)
+        if not push:
+            return name
         with step("loading the image into kind", "10 s for the operator, 2 minutes for the trainer"):
             shell.run(["kind", "load", "docker-image", name, "--name", settings.name])
         return name
     if not registry:
         raise ClusterError("no registry to push to", hint="set IMAGE_REGISTRY to one that your cluster pulls from")
     reference = f"{registry}/{name}"
-    if info["provider"] == Provider.BUILT:
+    if info["provider"] == Provider.BUILT and push:
         _check_registry(settings)
         if _is_in_registry(registry, name):
             return reference
     if info["provider"] == Provider.BUILT or shutil.which("docker") is None:
         _build_with_buildah(settings, reference, target, build_args)
+        if push:
+            _push_with_buildah(settings, reference, target)
     else:
         _build_with_docker(settings, reference, target, build_args)
-        shell.run(["docker", "push", reference])
+        if push:
+            shell.run(["docker", "push", reference])
     return reference
 
 
@@ -101,6 +107,9 @@ def _build_with_buildah(settings: Settings, reference: str, target: str, build_a
     options = ["--isolation", "chroot", "--network", "host", "--layers", "--target", target, "--tag", reference]
     with step(f"building {reference} with buildah", "1 minute for the operator, 10 for the trainer"):
         shell.run(["buildah", "bud", *options, *arguments, REPOSITORY], log=_log(settings, "build", target))
+
+
+def _push_with_buildah(settings: Settings, reference: str, target: str) -> None:
     with step(f"pushing {reference}", "seconds; 1 minute for a new torch layer"):
         push = ["buildah", "push", "--tls-verify=false", *COMPRESSION, reference, f"docker://{reference}"]
         shell.run(push, log=_log(settings, "push", target))
