@@ -1,0 +1,71 @@
+"""The turning points of a job: an attempt begins (or is found to have begun), a job ends."""
+
+from datetime import datetime
+
+from finetune_api.job import FineTuneJob
+from finetune_api.reasons import Reason
+from finetune_api.status import ConditionType, FineTuneJobStatus, State
+from finetune_operator.core.attempts import current, opened, previous_end
+from finetune_operator.core.conditions import is_true, put
+from finetune_operator.core.resolve import choose
+from finetune_operator.core.situation import Situation
+
+_LIMIT = 2048
+
+
+def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
+    """The status in which attempt `number` has begun; the newest attempt, if any, has ended."""
+    last = current(s.status)
+    status = opened(s.status, number, time)
+    resumed = is_true(status, ConditionType.SUSPENDED)
+    status = status.model_copy(
+        update={
+            "start_time": time if status.start_time is None else status.start_time,
+            "plan": choose(s.job, s.config),
+            "progress": status.progress.model_copy(update={"activity": None}) if status.progress else None,
+        }
+    )
+    if resumed:
+        status = put(status, s.job, time, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
+    if last is not None and last.reason is not None and last.reason != Reason.SUSPENDED:
+        message = f"Attempt {last.number} ended: {last.message}"
+        status = put(status, s.job, time, ConditionType.RESTARTING, True, last.reason, message)
+    return status
+
+
+def adopt(s: Situation) -> Situation:
+    """Takes over attempts whose Jobs are there but not in status: an operator died in between."""
+    for child in sorted(s.observed.jobs, key=lambda j: j.attempt):
+        last = current(s.status)
+        if child.attempt <= (last.number if last else 0):
+            continue
+        if last is not None and last.end_time is None:
+            ended = [*s.status.attempts[:-1], previous_end(child, last)]
+            s = s.with_status(s.status.model_copy(update={"attempts": ended}))
+        s = s.with_status(begin(s, child.attempt, child.created_at))
+    return s
+
+
+def finish(s: Situation, kind: ConditionType, reason: str, message: str) -> FineTuneJobStatus:
+    """The status of a job that is Complete or Failed from now on."""
+    job, now, status = s.job, s.now, s.status
+    for other in (ConditionType.RUNNING, ConditionType.RESTARTING, ConditionType.SUSPENDED):
+        if is_true(status, other):
+            status = put(status, job, now, other, False, reason, "The job has finished.")
+    status = put(status, job, now, kind, True, reason, message)
+    return status.model_copy(
+        update={
+            "state": State.COMPLETE if kind is ConditionType.COMPLETE else State.FAILED,
+            "reason": reason,
+            "message": message[:_LIMIT],
+            "completion_time": now,
+            "observed_generation": job.metadata.generation,
+        }
+    )
+
+
+def observed_generation(status: FineTuneJobStatus, job: FineTuneJob) -> FineTuneJobStatus:
+    """The status with the generation of the spec that it answers to."""
+    if status.observed_generation == job.metadata.generation:
+        return status
+    return status.model_copy(update={"observed_generation": job.metadata.generation})

@@ -1,0 +1,185 @@
+"""From a job's spec to what its pods run: every default decided, every URI a path, nothing left to find."""
+
+from dataclasses import dataclass
+
+from finetune_api.job import FineTuneJob
+from finetune_api.launch import (
+    HubSource,
+    JobIdentity,
+    LaunchAdapter,
+    LaunchCheckpoint,
+    LaunchDataset,
+    LaunchDeepSpeed,
+    LaunchModel,
+    LaunchSpec,
+    LaunchTraining,
+    PathSource,
+    Rendezvous,
+)
+from finetune_api.spec import AdapterSpec, DatasetSpec, FineTuneJobSpec, Method, ModelSpec, SecretKeyRef
+from finetune_api.status import PlanStatus
+from finetune_operator.core.names import attempt_name
+from finetune_operator.core.quantity import cpus
+from finetune_operator.core.settings import PlanConfig
+from finetune_operator.core.volumes import Mounts, child, local_path, plan_mounts, sibling
+
+SCRATCH = "/scratch"
+"""HOME of the trainer: an emptyDir of each pod."""
+_LEARNING_RATES = {Method.LORA: "2e-4", Method.FULL: "2e-5"}
+_HUB = "hf://"
+_HUB_DATASETS = "hf://datasets/"
+_DEFAULT_REVISION = "main"
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """One attempt, fully decided."""
+
+    launch: LaunchSpec
+    plan: PlanStatus
+    mounts: Mounts
+
+
+def choose(job: FineTuneJob, config: PlanConfig) -> PlanStatus:
+    """What is chosen where the spec leaves a choice. Chosen once: what stands in status stays for all attempts."""
+    if job.status.plan is not None:
+        return job.status.plan
+    spec = job.spec
+    world_size = spec.trainer.num_nodes * spec.trainer.num_proc_per_node
+    checkpoints = spec.checkpoint.uri or sibling(spec.output.uri, "checkpoints")
+    return PlanStatus(
+        image=spec.trainer.image or config.trainer_image,
+        world_size=world_size,
+        micro_batch_size=spec.training.micro_batch_size,
+        gradient_accumulation_steps=spec.training.global_batch_size // (spec.training.micro_batch_size * world_size),
+        learning_rate=spec.training.learning_rate or _LEARNING_RATES[spec.method],
+        checkpoint_uri=child(checkpoints, f"{job.metadata.name}-{job.metadata.uid[:8]}"),
+        output_uri=spec.output.uri,
+    )
+
+
+def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
+    """Resolves one attempt of a job.
+
+    Args:
+        job: the job; `status.plan`, if it is there, decides.
+        attempt: the attempt's number, from 1.
+        config: the installation's settings.
+    """
+    spec = job.spec
+    plan = choose(job, config)
+    cache_uri = spec.cache.uri if spec.cache else config.cache_uri
+    data = [*spec.datasets.train, *spec.datasets.evaluation]
+    mounts = plan_mounts(
+        spec,
+        read=[spec.model.uri, *(dataset.uri for dataset in data)],
+        write=[plan.checkpoint_uri, plan.output_uri, *([cache_uri] if cache_uri else [])],
+    )
+    launch = LaunchSpec(
+        job=JobIdentity(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid),
+        attempt=attempt,
+        num_nodes=spec.trainer.num_nodes,
+        num_proc_per_node=spec.trainer.num_proc_per_node,
+        threads_per_process=threads_per_process(spec),
+        rendezvous=Rendezvous(host=_rendezvous_host(job, attempt), port=config.rendezvous_port),
+        http_port=config.http_port,
+        termination_grace_seconds=config.termination_grace_seconds,
+        communication_timeout_seconds=config.communication_timeout_seconds,
+        hang_timeout_seconds=config.hang_timeout_seconds,
+        model=_model(spec.model, plan, mounts),
+        train=[_dataset(dataset, mounts) for dataset in spec.datasets.train],
+        evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation],
+        method=spec.method,
+        adapter=_adapter(spec.adapter or AdapterSpec()) if spec.method is Method.LORA else None,
+        training=_training(spec, plan),
+        deepspeed=LaunchDeepSpeed(
+            zero_stage=spec.deepspeed.zero_stage,
+            offload_optimizer=spec.deepspeed.offload_optimizer,
+            offload_parameters=spec.deepspeed.offload_parameters,
+        ),
+        checkpoint=LaunchCheckpoint(
+            dir=local_path(plan.checkpoint_uri),
+            every_steps=spec.checkpoint.every_steps,
+            keep=spec.checkpoint.keep,
+            on_termination=spec.checkpoint.on_termination,
+        ),
+        output_dir=local_path(plan.output_uri),
+        cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
+    )
+    return Resolved(launch=launch, plan=plan, mounts=mounts)
+
+
+def threads_per_process(spec: FineTuneJobSpec) -> int:
+    """CPU threads of one rank: the pod's CPUs shared by its ranks, at least 1. Fixed by the spec, since sums depend on it."""
+    resources = spec.trainer.resources_per_node
+    quantity = resources.limits.get("cpu") or resources.requests.get("cpu")
+    available = cpus(quantity) if quantity is not None else None
+    return max(1, int(available / spec.trainer.num_proc_per_node)) if available else 1
+
+
+def _rendezvous_host(job: FineTuneJob, attempt: int) -> str:
+    if job.spec.trainer.num_nodes == 1:
+        return "localhost"
+    name = attempt_name(job.metadata.name, attempt)
+    return f"{name}-0.{name}.{job.metadata.namespace}.svc"
+
+
+def _source(uri: str, revision: str | None, ref: SecretKeyRef | None, mounts: Mounts) -> PathSource | HubSource:
+    if not uri.startswith(_HUB):
+        return PathSource(path=local_path(uri))
+    is_dataset = uri.startswith(_HUB_DATASETS)
+    org, name, *path = uri.removeprefix(_HUB_DATASETS if is_dataset else _HUB).split("/", 2)
+    return HubSource(
+        repo_id=f"{org}/{name}",
+        repo_type="dataset" if is_dataset else "model",
+        revision=revision or _DEFAULT_REVISION,
+        path=path[0].strip("/") if path else "",
+        token_file=mounts.token_file(ref),
+    )
+
+
+def _model(model: ModelSpec, plan: PlanStatus, mounts: Mounts) -> LaunchModel:
+    revision = plan.model_revision or model.revision
+    source = _source(model.uri, revision, model.credentials_ref, mounts)
+    return LaunchModel(uri=model.uri, source=source, chat_template=model.chat_template)
+
+
+def _dataset(dataset: DatasetSpec, mounts: Mounts) -> LaunchDataset:
+    return LaunchDataset(
+        uri=dataset.uri,
+        source=_source(dataset.uri, dataset.revision, dataset.credentials_ref, mounts),
+        format=dataset.format,
+        max_samples=dataset.max_samples,
+    )
+
+
+def _adapter(adapter: AdapterSpec) -> LaunchAdapter:
+    return LaunchAdapter(
+        rank=adapter.rank,
+        alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,
+        dropout=float(adapter.dropout),
+        target_modules=adapter.target_modules,
+    )
+
+
+def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
+    training = spec.training
+    neither = training.epochs is None and training.max_steps is None
+    return LaunchTraining(
+        max_length=training.max_length,
+        packing=training.packing,
+        global_batch_size=training.global_batch_size,
+        micro_batch_size=plan.micro_batch_size,
+        gradient_accumulation_steps=plan.gradient_accumulation_steps,
+        epochs=1 if neither else training.epochs,
+        max_steps=training.max_steps,
+        learning_rate=float(plan.learning_rate),
+        scheduler=training.scheduler,
+        warmup_ratio=float(training.warmup_ratio),
+        weight_decay=float(training.weight_decay),
+        max_grad_norm=float(training.max_grad_norm),
+        precision=training.precision,
+        activation_checkpointing=training.activation_checkpointing,
+        seed=training.seed,
+        eval_every_steps=training.eval_every_steps,
+    )
