@@ -10,10 +10,10 @@ from typing import Any
 from tests.e2e.jobs import CLAIM, Job
 from tests.e2e.kube import Kubectl, KubectlError, wait_for
 from tests.e2e.results import Result
+from tests.e2e.volume import TOOLBOX
 
 ROOT = Path(__file__).resolve().parents[2]
 RELEASE = "finetune-operator"
-TOOLBOX = "toolbox"
 
 
 def cluster_command(*arguments: str, timeout: float = 900) -> str:

@@ -2,8 +2,9 @@
 
 import pytest
 
-from tests.e2e.cluster import TOOLBOX, Cluster
+from tests.e2e.cluster import Cluster
 from tests.e2e.jobs import CLAIM, start
+from tests.e2e.volume import TOOLBOX
 
 pytestmark = pytest.mark.cluster
 

@@ -41,7 +41,7 @@ def test_deletion_works_while_the_operator_is_down(cluster: Cluster) -> None:
     kubectl("delete", "finetunejob", "late")
 
 
-def test_two_replicas_one_leader_and_handover(cluster: Cluster, report: dict[str, Any]) -> None:
+def test_two_replicas_one_leader_and_handover(cluster: Cluster, measurements: dict[str, Any]) -> None:
     kubectl = cluster.kubectl
     cluster.scale_operator(2)
     try:
@@ -52,7 +52,7 @@ def test_two_replicas_one_leader_and_handover(cluster: Cluster, report: dict[str
         at = time.monotonic()
         kubectl("delete", "pod", leader, "--grace-period=0", "--force", "--wait=false")
         start(kubectl, "after-the-leader", NOWHERE).wait_state("Pending", timeout=60)
-        report["leader killed -> the next one acts (s)"] = round(time.monotonic() - at, 1)
+        measurements["leader killed -> the next one acts (s)"] = round(time.monotonic() - at, 1)
         assert _holder(cluster) != leader
     finally:
         cluster.scale_operator(1)

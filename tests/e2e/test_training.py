@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import TOOLBOX, Cluster
+from tests.e2e.cluster import Cluster
 from tests.e2e.jobs import SMOLLM2, Job, start
+from tests.e2e.volume import TOOLBOX
 
 pytestmark = pytest.mark.cluster
 
