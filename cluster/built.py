@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import shutil
 import socket
@@ -10,6 +11,7 @@ import struct
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from cluster import build, cgroups, controlplane, kubeapi, network, node, packages, parts, pki, shell, supervisor
@@ -33,6 +35,7 @@ def up(settings: Settings) -> Path:
     binaries = build.kubernetes(settings)
     pause = build.pause_image(settings)
     with _lock(settings):
+        _check_unchanged(settings)
         _prepare(settings, pause)
         parts.write(settings, _all_parts(settings, binaries))
         supervisor.start(settings)
@@ -54,8 +57,8 @@ def down(settings: Settings, *, purge: bool) -> None:
         shutil.rmtree(settings.state, ignore_errors=True)
         if purge:
             shutil.rmtree(settings.instance_cache, ignore_errors=True)
-            others = settings.instance_cache.parent
-            if not others.exists() or not any(others.iterdir()):
+            # The binaries are shared: they go with the last instance.
+            if not any(path.is_dir() for path in settings.instance_cache.parent.iterdir()):
                 shutil.rmtree(settings.cache, ignore_errors=True)
     say(f"cluster `{settings.name}` is down")
 
@@ -98,6 +101,19 @@ def change_node(settings: Settings, action: str, name: str) -> None:
             node.start(settings, target, build.pause_image(settings).reference)
 
 
+def _check_unchanged(settings: Settings) -> None:
+    """Refuses to go on with an instance that was made with another network or number of nodes."""
+    shape = json.dumps({"cidr": str(settings.cidr), "nodes": settings.num_nodes})
+    made_with = settings.state / "shape.json"
+    if not settings.pki.exists():
+        parts.write_atomically(made_with, shape)
+    elif made_with.exists() and made_with.read_text() != shape:
+        raise ClusterError(
+            f"cluster `{settings.name}` exists with {made_with.read_text()}, asked for is {shape}",
+            hint="`python3 -m cluster down` first, or choose another FINETUNE_CLUSTER_NAME",
+        )
+
+
 def _prepare(settings: Settings, pause: build.Image) -> None:
     fresh = not settings.pki.exists()
     if supervisor.running(settings):
@@ -124,12 +140,12 @@ def _all_parts(settings: Settings, binaries: Path) -> list[parts.Part]:
 
 def _import_pause(settings: Settings, pause: build.Image) -> None:
     for one in settings.nodes:
-        socket_path = settings.containerd_socket(one)
-        ctr = ["ctr", "--address", str(socket_path), "--namespace", "k8s.io", "images"]
+        list_images = node.ctr_images(settings, one, "ls", "--quiet")
         log = parts.log(settings, node.part_name(one, "containerd"))
-        _wait(f"{one.name}'s containerd", lambda c=ctr: shell.succeeds([*c, "ls", "-q"]), 30, log)  # type: ignore[misc]
-        if pause.reference not in shell.run([*ctr, "ls", "-q"]).split():
-            shell.run([*ctr, "import", pause.archive], log=settings.logs / "import.log")
+        _wait(f"{one.name}'s containerd", partial(shell.succeeds, list_images), 30, log)
+        if pause.reference not in shell.run(list_images).split():
+            command = node.ctr_images(settings, one, "import", str(pause.archive))
+            shell.run(command, log=settings.logs / "import.log")
 
 
 def _wait_until_usable(settings: Settings) -> None:
@@ -210,10 +226,8 @@ def _kill_everything(settings: Settings) -> None:
     if count:
         say(f"- killed {count} processes")
     cgroups.remove(settings.cgroup)
-    pins = settings.run / "mounts"
-    for pin in pins.iterdir() if pins.exists() else []:
-        while network.is_pinned(pin):
-            shell.run(["umount", pin])
+    for one in settings.nodes:
+        node.remove_mounts(settings, one)
 
 
 def _mount_run(settings: Settings) -> None:

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import shutil
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from cluster import cgroups, network, parts, shell
+from cluster.errors import ClusterError
 from cluster.parts import Part
 from cluster.settings import Node, Settings
 
@@ -65,11 +68,11 @@ def build_parts(settings: Settings, node: Node, binaries: Path) -> list[Part]:
 def prepare(settings: Settings, node: Node, pause_image: str) -> None:
     """Makes the node's folders, configuration, cgroup and namespaces, as far as they are missing."""
     state = settings.node_state(node)
-    for name in ("kubelet", "cni-cache", "cni", "container-logs", "pod-logs", "plugins", "ipam"):
-        (state / name).mkdir(parents=True, exist_ok=True)
-    settings.node_cache(node).mkdir(parents=True, exist_ok=True)
     if not cgroups.members(settings.node_cgroup(node)):
         _forget_what_a_reboot_would(settings, node)
+    for name in ("kubelet", "cni-cache", "cni", "container-logs", "pod-logs", "plugins"):
+        (state / name).mkdir(parents=True, exist_ok=True)
+    settings.node_cache(node).mkdir(parents=True, exist_ok=True)
     certs = state / "certs.d" / settings.registry
     parts.write_atomically(certs / "hosts.toml", _hosts_toml(settings))
     parts.write_atomically(state / "containerd.toml", _containerd_toml(settings, node, pause_image))
@@ -81,15 +84,12 @@ def prepare(settings: Settings, node: Node, pause_image: str) -> None:
 
 def stop(settings: Settings, node: Node) -> None:
     """Kills kubelet for good; containerd and the pods go on, as on a node that lost its agent."""
-    parts.hold(settings, part_name(node, "kubelet"))
-    cgroups.kill(f"{settings.node_cgroup(node)}/kubelet")
+    _kill(settings, node, ("kubelet",), f"{settings.node_cgroup(node)}/kubelet")
 
 
 def kill(settings: Settings, node: Node) -> None:
     """Kills all that runs on the node at once, like a loss of power, and forgets what a reboot would."""
-    for daemon in DAEMONS:
-        parts.hold(settings, part_name(node, daemon))
-    cgroups.kill(settings.node_cgroup(node))
+    _kill(settings, node, DAEMONS, settings.node_cgroup(node))
     _forget_what_a_reboot_would(settings, node)
 
 
@@ -100,8 +100,36 @@ def start(settings: Settings, node: Node, pause_image: str) -> None:
         parts.release(settings, part_name(node, daemon))
 
 
+def ctr_images(settings: Settings, node: Node, *words: str) -> list[str]:
+    """The command line of `ctr images` for what kubelet sees on the node."""
+    socket = str(settings.containerd_socket(node))
+    return ["ctr", "--address", socket, "--namespace", "k8s.io", "images", *words]
+
+
+def remove_mounts(settings: Settings, node: Node) -> None:
+    """Lets go of the node's mount namespace: all of its mounts go with the last process in it."""
+    pin = _mounts(settings, node)
+    while network.is_pinned(pin):
+        shell.run(["umount", pin])
+    pin.unlink(missing_ok=True)
+
+
+def _kill(settings: Settings, node: Node, daemons: Sequence[str], group: str) -> None:
+    names = {part_name(node, daemon) for daemon in daemons}
+    for name in names:
+        parts.hold(settings, name)
+    cgroups.kill(group)
+    # The supervisor may have been about to restart one, before it saw that it is held.
+    deadline = time.monotonic() + 5
+    while any(seen.process for name, seen in parts.read_seen(settings).items() if name in names):
+        if time.monotonic() > deadline:
+            raise ClusterError("the supervisor does not answer", log=parts.log(settings, "supervisor"))
+        time.sleep(0.05)
+    cgroups.kill(group)
+
+
 def _forget_what_a_reboot_would(settings: Settings, node: Node) -> None:
-    _remove_mounts(settings, node)
+    remove_mounts(settings, node)
     cgroups.remove(settings.node_cgroup(node))
     shutil.rmtree(settings.node_run(node), ignore_errors=True)
     # Addresses of pods that died with the power would never be given back.
@@ -127,13 +155,6 @@ def _ensure_mounts(settings: Settings, node: Node) -> None:
     script = ["set -e", "mount --make-rshared /", "mount -t tmpfs -o mode=711 tmpfs /run/containerd"]
     script += [f"mount --bind '{state / name}' {target}" for name, target in own.items()]
     shell.run(["unshare", f"--mount={pin}", "--propagation", "slave", "sh", "-c", "\n".join(script)])
-
-
-def _remove_mounts(settings: Settings, node: Node) -> None:
-    pin = _mounts(settings, node)
-    while network.is_pinned(pin):
-        shell.run(["umount", pin])
-    pin.unlink(missing_ok=True)
 
 
 def _hosts_toml(settings: Settings) -> str:

@@ -71,6 +71,12 @@ def read(settings: Settings) -> list[Part]:
     ]
 
 
+def stamp(settings: Settings) -> int:
+    """Returns a number that changes whenever the wanted parts are written; 0 before that."""
+    path = _wanted_file(settings)
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
 def write_seen(settings: Settings, seen: Mapping[str, Seen]) -> None:
     """Records what runs."""
     write_atomically(_seen_file(settings), json.dumps({name: asdict(one) for name, one in seen.items()}, indent=1))

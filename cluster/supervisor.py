@@ -44,6 +44,8 @@ class Supervisor:
 
     settings: Settings
     slots: dict[str, _Slot] = field(default_factory=dict)
+    wanted: list[Part] = field(default_factory=list)
+    wanted_stamp: int = -1
 
     def adopt(self) -> None:
         """Takes over what a predecessor recorded."""
@@ -54,7 +56,7 @@ class Supervisor:
         """Looks at every part once, and acts."""
         _reap()
         before = self._seen()
-        wanted = {part.name: part for part in parts.read(self.settings)}
+        wanted = {part.name: part for part in self._wanted()}
         held = parts.held(self.settings)
         answers: dict[str, bool] = {}
         for name in [name for name in self.slots if name not in wanted]:
@@ -71,6 +73,13 @@ class Supervisor:
                 self._start(part, slot)
         if self._seen() != before:
             parts.write_seen(self.settings, self._seen())
+
+    def _wanted(self) -> list[Part]:
+        # Read only when written: ten times a second, parsing would be what the supervisor mostly does.
+        stamp = parts.stamp(self.settings)
+        if stamp != self.wanted_stamp:
+            self.wanted, self.wanted_stamp = parts.read(self.settings), stamp
+        return self.wanted
 
     def _seen(self) -> dict[str, Seen]:
         return {name: Seen(slot.process, max(slot.restarts, 0), slot.argv) for name, slot in self.slots.items()}
