@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
 import socket
 import struct
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 
 from cluster import build, cgroups, controlplane, kubeapi, network, node, packages, parts, pki, shell, supervisor
 from cluster.console import say, step
 from cluster.errors import ClusterError
+from cluster.locks import file_lock
 from cluster.settings import Settings
 
 API_TIMEOUT_SECONDS = 90.0
@@ -244,14 +244,9 @@ def _unmount_run(settings: Settings) -> None:
         shell.run(["umount", settings.run])
 
 
-@contextmanager
-def _lock(settings: Settings) -> Iterator[None]:
+def _lock(settings: Settings) -> AbstractContextManager[None]:
     """One command at a time changes the instance; a second waits."""
-    path = settings.cache / "instances" / f".{settings.name}.lock"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+    return file_lock(settings.cache / "instances" / f".{settings.name}.lock")
 
 
 def _client(settings: Settings) -> kubeapi.Client:

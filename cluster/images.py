@@ -8,20 +8,23 @@ from __future__ import annotations
 import http.client
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 from cluster import build as builds
 from cluster import built, dockerfile, packages, providers, shell
 from cluster import node as node_module
 from cluster.console import step
 from cluster.errors import ClusterError
+from cluster.locks import file_lock
 from cluster.providers import Provider
 from cluster.settings import REPOSITORY, Node, Settings
 
 NAMESPACE = "finetune-operator"
+MAX_BUILDS = 3
 BASE_IMAGE = "localhost/finetune-base:bookworm"
 BASE_PACKAGES = "python3,python3-venv,ca-certificates"
 MANIFESTS = "application/vnd.oci.image.manifest.v1+json, application/vnd.docker.distribution.manifest.v2+json"
@@ -45,42 +48,50 @@ def build(settings: Settings, target: str, build_args: Sequence[str], *, push: b
     Raises:
         ClusterError: There is nowhere to push to, or the build failed.
     """
-    tag = dockerfile.tag(REPOSITORY, target, build_args)
-    reference = _build(settings, f"{NAMESPACE}/{target}:{tag}", target, build_args, push=push)
-    if dockerfile.tag(REPOSITORY, target, build_args) != tag:
-        raise ClusterError(
-            f"the sources of `{target}` changed while it was built: {reference} may hold either",
-            hint="build again",
-        )
-    return reference
-
-
-def _build(settings: Settings, name: str, target: str, build_args: Sequence[str], *, push: bool) -> str:
     info = providers.info(settings)
-    registry = info["registry"]
-    if info["provider"] == Provider.KIND and not registry:
-        _build_with_docker(settings, name, target, build_args)
-        if not push:
-            return name
-        with step("loading the image into kind", "10 s for the operator, 2 minutes for the trainer"):
-            shell.run(["kind", "load", "docker-image", name, "--name", settings.name])
-        return name
-    if not registry:
-        raise ClusterError("no registry to push to", hint="set IMAGE_REGISTRY to one that your cluster pulls from")
-    reference = f"{registry}/{name}"
-    if info["provider"] == Provider.BUILT and push:
+    if push and info["provider"] == Provider.BUILT:
         _check_registry(settings)
-        if _is_in_registry(registry, name):
+    for _ in range(MAX_BUILDS):
+        tag = dockerfile.tag(REPOSITORY, target, build_args)
+        reference = _reference(info, f"{NAMESPACE}/{target}:{tag}")
+        if push and info["provider"] == Provider.BUILT and _is_in_registry(reference):
             return reference
-    if info["provider"] == Provider.BUILT or shutil.which("docker") is None:
+        _build(settings, info, reference, target, build_args)
+        # Someone may save a file during the build: then the image is not what its tag says.
+        if dockerfile.tag(REPOSITORY, target, build_args) == tag:
+            if push:
+                _push(settings, info, reference, target)
+            return reference
+    raise ClusterError(f"the sources of `{target}` changed during each of {MAX_BUILDS} builds", hint="build again")
+
+
+def _reference(info: Mapping[str, Any], name: str) -> str:
+    if info["registry"]:
+        return f"{info['registry']}/{name}"
+    if info["provider"] == Provider.KIND:
+        return name
+    raise ClusterError("no registry to push to", hint="set IMAGE_REGISTRY to one that your cluster pulls from")
+
+
+def _build(settings: Settings, info: Mapping[str, Any], reference: str, target: str, build_args: Sequence[str]) -> None:
+    if _uses_buildah(info):
         _build_with_buildah(settings, reference, target, build_args)
-        if push:
-            _push_with_buildah(settings, reference, target)
     else:
         _build_with_docker(settings, reference, target, build_args)
-        if push:
-            shell.run(["docker", "push", reference])
-    return reference
+
+
+def _push(settings: Settings, info: Mapping[str, Any], reference: str, target: str) -> None:
+    if _uses_buildah(info):
+        _push_with_buildah(settings, reference, target)
+    elif info["registry"]:
+        shell.run(["docker", "push", reference])
+    else:
+        with step("loading the image into kind", "10 s for the operator, 2 minutes for the trainer"):
+            shell.run(["kind", "load", "docker-image", reference, "--name", settings.name])
+
+
+def _uses_buildah(info: Mapping[str, Any]) -> bool:
+    return bool(info["provider"] == Provider.BUILT) or shutil.which("docker") is None
 
 
 def load(settings: Settings, reference: str) -> None:
@@ -104,8 +115,6 @@ def load(settings: Settings, reference: str) -> None:
 
 
 def _build_with_docker(settings: Settings, tag: str, target: str, build_args: Sequence[str]) -> None:
-    if shell.succeeds(["docker", "image", "inspect", tag]):
-        return
     with step(f"building {tag} with docker", "1 minute for the operator, 10 for the trainer"):
         command = ["docker", "build", "--target", target, "--tag", tag, *_arguments(build_args), str(REPOSITORY)]
         shell.run(command, env={"DOCKER_BUILDKIT": "1"}, log=_log(settings, "build", target))
@@ -129,22 +138,29 @@ def _push_with_buildah(settings: Settings, reference: str, target: str) -> None:
 
 def _ensure_base_image(settings: Settings) -> None:
     """Makes a Debian with Python, where no registry can be reached that has one."""
-    if shell.succeeds(["buildah", "inspect", "--type", "image", BASE_IMAGE]):
-        return
-    log = settings.cache / "log" / "base-image.log"
-    with step("making the base image with mmdebstrap", "1 minute"), TemporaryDirectory(dir=settings.cache) as folder:
+    # Two builds at once would make two, and neither's layers would fit the other.
+    with file_lock(settings.cache / "base-image.lock"):
+        if shell.succeeds(["buildah", "inspect", "--type", "image", BASE_IMAGE]):
+            return
+        with step("making the base image with mmdebstrap", "1 minute"):
+            _make_base_image(settings)
+
+
+def _make_base_image(settings: Settings) -> None:
+    with TemporaryDirectory(dir=settings.cache) as folder:
         root = Path(folder) / "root.tar"
-        shell.run(
-            ["mmdebstrap", "--variant=minbase", f"--include={BASE_PACKAGES}", "bookworm", root],
-            log=log,
-            hint="it needs a Debian mirror",
-        )
+        bootstrap: list[str | Path] = [
+            "mmdebstrap",
+            "--variant=minbase",
+            f"--include={BASE_PACKAGES}",
+            "bookworm",
+            root,
+        ]
+        shell.run(bootstrap, log=settings.cache / "log" / "base-image.log", hint="it needs a Debian mirror")
         container = shell.run(["buildah", "from", "scratch"]).strip()
         try:
             shell.run(["buildah", "add", "--quiet", container, root, "/"])
-            shell.run(
-                ["buildah", "config", "--env", "PATH=/usr/local/bin:/usr/bin:/bin", "--cmd", "python3", container]
-            )
+            shell.run(["buildah", "config", "--env", f"PATH={shell.SYSTEM_PATH}", "--cmd", "python3", container])
             shell.run(["buildah", "commit", "--quiet", container, BASE_IMAGE])
         finally:
             shell.run(["buildah", "rm", container])
@@ -181,7 +197,8 @@ def _check_registry(settings: Settings) -> None:
         raise ClusterError(f"cluster `{settings.name}` does not run", hint="start it: python3 -m cluster up")
 
 
-def _is_in_registry(registry: str, name: str) -> bool:
+def _is_in_registry(reference: str) -> bool:
+    registry, _, name = reference.partition("/")
     repository, _, tag = name.rpartition(":")
     connection = http.client.HTTPConnection(registry, timeout=10)
     try:
