@@ -1,0 +1,89 @@
+"""Reads `launch.json` and checks what the schema alone cannot.
+
+Owns the way from the file to a `LaunchSpec` and the fingerprint that tells whether a checkpoint belongs to this run. Reads
+no environment.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from finetune_api.launch import LaunchSpec
+from finetune_trainer.errors import ConfigError
+
+
+def read_launch(path: Path) -> LaunchSpec:
+    """Reads and checks a launch file.
+
+    Raises:
+        ConfigError: the file is missing, is no JSON, does not fit the schema, or its numbers contradict each other.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path}: the launch file cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: the launch file is not UTF-8 text: {error}") from error
+    try:
+        spec = LaunchSpec.model_validate_json(text)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5]]
+        raise ConfigError(f"{path}: not a launch file of this version: " + "; ".join(lines)) from error
+    _check(spec)
+    return spec
+
+
+def _check(spec: LaunchSpec) -> None:
+    training = spec.training
+    rows = training.micro_batch_size * training.gradient_accumulation_steps * spec.world_size
+    if rows != training.global_batch_size:
+        raise ConfigError(
+            f"training.globalBatchSize: must equal microBatchSize x gradientAccumulationSteps x ranks = {rows}, "
+            f"got {training.global_batch_size}"
+        )
+    if (training.epochs is None) == (training.max_steps is None):
+        raise ConfigError("training: exactly one of `epochs` and `maxSteps` must be set")
+    if (spec.method == "LoRA") != (spec.adapter is not None):
+        raise ConfigError("adapter: must be set for method LoRA and absent for method Full")
+    if training.eval_every_steps is not None and not spec.evaluation:
+        raise ConfigError("training.evalEverySteps: needs a data set in datasets.evaluation")
+    if spec.deepspeed.offload_optimizer == "CPU" and spec.deepspeed.zero_stage < 1:
+        raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
+    if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
+        raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
+
+
+def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:
+    """What must be the same for a checkpoint to be this run's: one entry for each field, so that a difference has a name.
+
+    Args:
+        spec: the launch.
+        model_revision: the commit of a hub model; None for a path.
+        train_digest: SHA-256 of the tokenised training data.
+    """
+    training = spec.training.to_wire()
+    training.pop("evalEverySteps", None)
+    return {
+        "model.uri": spec.model.uri,
+        "model.revision": model_revision,
+        "datasets.train": train_digest,
+        "method": str(spec.method),
+        **{f"adapter.{k}": v for k, v in (spec.adapter.to_wire() if spec.adapter else {}).items()},
+        **{f"training.{k}": v for k, v in training.items()},
+        **{f"deepspeed.{k}": v for k, v in spec.deepspeed.to_wire().items()},
+        "trainer.numNodes x numProcPerNode": spec.world_size,
+    }
+
+
+def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """The entries in which two fingerprints differ, as `field: saved X, now Y`."""
+    keys = sorted(ours.keys() | theirs.keys())
+    return [f"{k}: saved {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys if ours.get(k) != theirs.get(k)]
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a value's canonical JSON."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

@@ -1,0 +1,1 @@
+"""From files to batches: `records` → `formats` → `tokenize` → `store` → `packing` → `order` → `batches`."""

@@ -1,0 +1,95 @@
+"""Rows as tensors. Owns padding, positions and the shift of labels.
+
+No attention mask is ever passed: attention is causal and padding stands at the end of a row, where no real token sees it. In
+packed rows the positions start again at every sample, and transformers keeps the samples apart by them, but only when no 2-D
+mask is given and the cache is off.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from finetune_trainer.data.store import Ints, TokenStore
+
+IGNORE = -100
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch on the host; every tensor has the shape (rows, tokens) and dtype int64."""
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    """The next token where it is a target, else -100: already shifted, so that no label crosses a sample's end."""
+    position_ids: torch.Tensor | None
+    """Only for packed rows."""
+    num_samples: int
+    num_tokens: int
+    """Without padding."""
+    num_targets: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one data set."""
+
+    store: TokenStore
+    samples: list[Ints]
+    """Sample indices of each row."""
+    packed: bool
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def targets_in(self, rows: Sequence[int | None]) -> int:
+        """Target tokens of some rows; None is an empty row."""
+        return sum(int(self.row_targets[row]) for row in rows if row is not None)
+
+    @cached_property
+    def row_targets(self) -> Ints:
+        """Target tokens of each row."""
+        counts = self.store.target_counts
+        return np.array([counts[samples].sum() for samples in self.samples], dtype=np.int64)
+
+    @cached_property
+    def row_lengths(self) -> Ints:
+        """Tokens of each row."""
+        lengths = self.store.lengths
+        return np.array([lengths[samples].sum() for samples in self.samples], dtype=np.int64)
+
+    def batch(self, rows: Sequence[int | None]) -> Batch:
+        """Collates rows, padded to the longest; an empty row is one padding token.
+
+        Args:
+            rows: row numbers; None for an empty row.
+        """
+        samples = [() if row is None else self.samples[row] for row in rows]
+        lengths = self.store.lengths
+        width = max(1, max(int(sum(lengths[s] for s in row)) for row in samples))
+        ids = np.zeros((len(rows), width), dtype=np.int64)
+        labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
+        positions = np.zeros((len(rows), width), dtype=np.int64)
+        num_tokens = 0
+        for line, row in enumerate(samples):
+            at = 0
+            for sample in row:
+                start, length = int(self.store.offsets[sample]), int(lengths[sample])
+                tokens = self.store.ids[start : start + length]
+                ids[line, at : at + length] = tokens
+                targets = self.store.targets[start + 1 : start + length]
+                labels[line, at : at + length - 1] = np.where(targets, tokens[1:], IGNORE)
+                positions[line, at : at + length] = np.arange(length)
+                at += length
+            positions[line, at:] = np.arange(width - at)
+            num_tokens += at
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(labels),
+            torch.from_numpy(positions) if self.packed else None,
+            num_samples=sum(len(row) for row in samples),
+            num_tokens=num_tokens,
+            num_targets=int((labels != IGNORE).sum()),
+        )

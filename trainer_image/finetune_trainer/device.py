@@ -1,0 +1,62 @@
+"""Memory and utilisation of the device that this rank computes on."""
+
+import resource
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+PAGE_BYTES = resource.getpagesize()
+
+
+class DeviceFacts:
+    """Reads facts as keyword arguments for the rank's state."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._wall, self._cpu = time.monotonic(), time.process_time()
+        self._nvml = _nvml_handle(device) if device.type == "cuda" else None
+
+    def read(self) -> dict[str, Any]:
+        """The facts now; utilisation is over the time since the last call (on CUDA, NVML's own window)."""
+        return self._cuda() if self._device.type == "cuda" else self._cpu_facts()
+
+    def _cuda(self) -> dict[str, Any]:
+        facts: dict[str, Any] = {
+            "device": str(self._device),
+            "memory_used_bytes": torch.cuda.memory_allocated(self._device),
+            "memory_reserved_bytes": torch.cuda.memory_reserved(self._device),
+            "memory_peak_bytes": torch.cuda.max_memory_allocated(self._device),
+        }
+        if self._nvml is not None:
+            import pynvml
+
+            facts["device_utilization"] = pynvml.nvmlDeviceGetUtilizationRates(self._nvml).gpu / 100
+        return facts
+
+    def _cpu_facts(self) -> dict[str, Any]:
+        wall, cpu = time.monotonic(), time.process_time()
+        elapsed = max(1e-6, wall - self._wall) * torch.get_num_threads()
+        busy = min(1.0, (cpu - self._cpu) / elapsed)
+        self._wall, self._cpu = wall, cpu
+        resident = int(Path("/proc/self/statm").read_text().split()[1]) * PAGE_BYTES
+        return {
+            "device": "cpu",
+            "device_utilization": round(busy, 4),
+            "memory_used_bytes": resident,
+            "memory_reserved_bytes": resident,
+            "memory_peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        }
+
+
+def _nvml_handle(device: torch.device) -> Any:
+    """By UUID: NVML counts all of the machine's GPUs, torch only the container's."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(device).uuid)
+        return pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+    except pynvml.NVMLError:
+        return None  # a driver without NVML in the container: utilisation stays 0

@@ -1,0 +1,123 @@
+"""The DeepSpeed engine: its configuration, its optimizer, and the few things that differ between its optimizers.
+
+Owns every number that DeepSpeed is told; nothing is left to its defaults where the default depends on a version.
+"""
+
+import logging
+from typing import Any
+
+import torch
+
+from finetune_api.launch import LaunchSpec
+from finetune_api.spec import Offload, Precision
+
+log = logging.getLogger("finetune_trainer")
+BUCKET_ELEMENTS = 50_000_000
+"""DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
+
+
+def zero_stage(spec: LaunchSpec) -> int:
+    """The stage that DeepSpeed runs.
+
+    Its stage 0 with bf16 adds up the gradients of micro-batches in bf16 and refuses anything else; its stage 1 adds them up in
+    float32. Stage 1 is therefore run for stage 0 with bf16: on one rank the two are the same, on several it uses less memory.
+    """
+    stage = int(spec.deepspeed.zero_stage)
+    return max(stage, 1) if spec.training.precision is Precision.BF16 else stage
+
+
+def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`."""
+    training, stage = spec.training, zero_stage(spec)
+    zero: dict[str, Any] = {
+        "stage": stage,
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "overlap_comm": False,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,
+    }
+    if spec.deepspeed.offload_optimizer is Offload.CPU:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    if spec.deepspeed.offload_parameters is Offload.CPU:
+        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch_size,
+        "gradient_accumulation_steps": training.gradient_accumulation_steps,
+        # Without ZeRO the engine clips after throwing the norm away; there `clip_gradients` does it.
+        "gradient_clipping": training.max_grad_norm if stage > 0 else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+    if training.precision is Precision.BF16:
+        config["bf16"] = {"enabled": True}
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
+    return config
+
+
+def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
+    """Wraps the model: from here on its parameters belong to DeepSpeed."""
+    import deepspeed
+
+    if zero_stage(spec) != spec.deepspeed.zero_stage:
+        log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
+    optimizer = _optimizer(model, spec)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    return engine
+
+
+def _optimizer(model: Any, spec: LaunchSpec) -> Any:
+    """AdamW over the trainable parameters; vectors (norms, biases) have no weight decay."""
+    training = spec.training
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trainable if _dimensions(p) >= 2]
+    vectors = [p for p in trainable if _dimensions(p) < 2]
+    groups = [
+        {"params": matrices, "weight_decay": training.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if spec.deepspeed.offload_optimizer is Offload.CPU:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        return DeepSpeedCPUAdam(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8, adamw_mode=True)
+    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
+
+
+def _dimensions(parameter: Any) -> int:
+    """Under ZeRO-3 a parameter is a flat slice that remembers its shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def base_optimizer(engine: Any) -> Any:
+    """The AdamW inside DeepSpeed's wrapper, whose groups and state are the real ones."""
+    return getattr(engine.optimizer, "optimizer", engine.optimizer)
+
+
+def set_learning_rate(engine: Any, rate: float) -> None:
+    """The schedule is ours, so the rate is set before each step."""
+    for group in base_optimizer(engine).param_groups:
+        group["lr"] = rate
+
+
+def is_partitioned(engine: Any) -> bool:
+    """Whether ranks hold different parts of the optimizer's state."""
+    return engine.optimizer is not base_optimizer(engine)
+
+
+def step(engine: Any, max_grad_norm: float) -> float:
+    """Clips by the global norm and updates the weights, after the last micro-batch's backward.
+
+    Returns:
+        The norm of the whole gradient over all ranks, before clipping.
+    """
+    norm: Any = None
+    if not is_partitioned(engine):
+        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+    engine.step()
+    if norm is None:
+        norm = engine.get_global_grad_norm()
+    return float(norm)

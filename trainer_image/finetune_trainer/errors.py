@@ -1,0 +1,132 @@
+"""The trainer's own errors, and the one place where any exception becomes a reason of the contract's table.
+
+Raise the class that names who has to act: `ConfigError` and `DataError` are the user's to correct, `StorageError` and
+`HubUnavailable` the platform's; what is none of these is an error in our code.
+"""
+
+import errno
+import traceback
+from typing import ClassVar
+
+from finetune_api.reasons import Reason
+
+
+class TrainerError(Exception):
+    """An end of the attempt whose reason is known."""
+
+    reason: ClassVar[Reason] = Reason.CODE_ERROR
+
+
+class ConfigError(TrainerError):
+    """The job asks for something that cannot be; the message names the field."""
+
+    reason = Reason.CONFIG_ERROR
+
+
+class DataError(TrainerError):
+    """A data set is missing, broken or empty; the message names file and line."""
+
+    reason = Reason.DATA_ERROR
+
+
+class CheckpointCorruptError(TrainerError):
+    """There are checkpoints, and none of them verifies."""
+
+    reason = Reason.CHECKPOINT_CORRUPT
+
+
+class StorageError(TrainerError):
+    """A volume cannot be written or read."""
+
+    reason = Reason.STORAGE_ERROR
+
+
+class HubUnavailableError(TrainerError):
+    """The hub did not answer."""
+
+    reason = Reason.HUB_UNAVAILABLE
+
+
+class SupersededError(TrainerError):
+    """A newer attempt owns the checkpoints."""
+
+    reason = Reason.SUPERSEDED
+
+
+class NonFiniteLossError(TrainerError):
+    """The loss or the gradient norm is NaN or infinite."""
+
+    reason = Reason.NON_FINITE_LOSS
+
+
+class TerminatedError(TrainerError):
+    """All ranks agreed to leave because a pod was asked to stop."""
+
+    reason = Reason.TERMINATED
+
+
+def error_of(reason: Reason, message: str) -> TrainerError:
+    """An error with a given reason, for one that happened on another rank."""
+    kind = next((k for k in TrainerError.__subclasses__() if k.reason is reason), TrainerError)
+    return kind(message)
+
+
+_STORAGE_ERRNOS = {
+    errno.ENOSPC,
+    errno.EROFS,
+    errno.EDQUOT,
+    errno.EIO,
+    errno.EACCES,
+    errno.EPERM,
+    errno.ESTALE,
+    errno.ENOTCONN,
+}
+_COMMUNICATION_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
+_COMMUNICATION_TEXTS = (
+    "gloo",
+    "nccl",
+    "connection closed by peer",
+    "connection reset by peer",
+    "connection refused",
+    "broken pipe",
+    "timed out waiting",
+    "wait timeout",
+    "socket timeout",
+)
+_HARDWARE_TEXTS = (
+    "uncorrectable ecc",
+    "fallen off the bus",
+    "hardware error",
+    "nvlink error",
+    "devices are busy or unavailable",
+    "device is busy or unavailable",
+    "cuda error: unknown error",
+)
+
+
+def classify(error: BaseException) -> tuple[Reason, str]:
+    """The reason of any exception, and the sentence to show.
+
+    torch is not imported here (the supervisor uses this module too), so its classes are told by their names.
+    """
+    message = str(error).strip() or type(error).__name__
+    name, text = type(error).__name__, message.lower()
+    if isinstance(error, TrainerError):
+        return error.reason, message
+    if name == "OutOfMemoryError" or "cuda out of memory" in text:
+        return Reason.OUT_OF_MEMORY_GPU, message
+    if isinstance(error, RuntimeError) and any(part in text for part in _HARDWARE_TEXTS):
+        return Reason.HARDWARE_FAULT, message
+    if name in _COMMUNICATION_TYPES or isinstance(error, ConnectionError):
+        return Reason.COMMUNICATION_ERROR, message
+    if isinstance(error, RuntimeError) and any(part in text for part in _COMMUNICATION_TEXTS):
+        return Reason.COMMUNICATION_ERROR, message
+    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+        return Reason.STORAGE_ERROR, message
+    return Reason.CODE_ERROR, f"{name}: {message}"
+
+
+def short_traceback(error: BaseException, limit: int) -> str:
+    """The end of the traceback, at most `limit` characters: the innermost frames say most."""
+    text = "".join(traceback.format_exception(error))
+    return text if len(text) <= limit else "…" + text[-(limit - 1) :]

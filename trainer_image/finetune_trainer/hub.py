@@ -1,0 +1,148 @@
+"""Where models and data sets are on this machine: a path that is given, or a hub's repository downloaded once.
+
+Owns every use of the network. Rank 0 resolves a branch or tag to a commit, so that all pods load the same; the first rank of
+each node downloads under a lock in the shared cache folder; after that nothing asks the hub again.
+"""
+
+import fcntl
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from finetune_api.launch import HubSource, PathSource
+from finetune_trainer.errors import ConfigError, HubUnavailableError
+
+log = logging.getLogger("finetune_trainer")
+MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
+"""What training needs of a model's repository: not its .bin, .gguf, .onnx twins."""
+DATA_FILES = ["*.jsonl", "*.json", "*.parquet"]
+
+
+def resolve_revision(source: PathSource | HubSource, uri: str, field: str) -> str | None:
+    """The commit that a hub source's revision names; None for a path.
+
+    Raises:
+        HubUnavailableError: no answer.
+        ConfigError: no such repository or revision, or no access to it.
+    """
+    if isinstance(source, PathSource):
+        return None
+    from huggingface_hub import HfApi
+
+    with _hub_errors(source, uri, field):
+        info = HfApi(token=_token(source)).repo_info(
+            source.repo_id, repo_type=source.repo_type, revision=source.revision, timeout=30
+        )
+    return str(info.sha)
+
+
+def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Path, uri: str, field: str) -> Path:
+    """The folder or file to read, downloaded first if it is a hub's and not there yet.
+
+    Args:
+        source: what the job names.
+        commit: from `resolve_revision`.
+        cache_dir: shared by pods and jobs.
+        uri: as the user wrote it, for messages.
+        field: of the spec, for messages.
+
+    Raises:
+        HubUnavailableError: the download failed.
+        ConfigError: no access, or the repository has no such path.
+    """
+    if isinstance(source, PathSource):
+        return Path(source.path)
+    assert commit is not None
+    name = f"{source.repo_type}s--{source.repo_id.replace('/', '--')}"
+    marker = cache_dir / "complete" / f"{name}--{commit}--{source.path.strip('/').replace('/', '--')}"
+    with _locked(cache_dir / "locks" / f"{name}.lock"):
+        if not marker.is_file():
+            log.info("downloading %s at %s", uri, commit[:12])
+            folder = _download(source, commit, cache_dir, uri, field)
+            marker.parent.mkdir(parents=True, exist_ok=True)
+            marker.write_text(str(folder.relative_to(cache_dir)), encoding="utf-8")
+        folder = cache_dir / marker.read_text(encoding="utf-8")
+    path = folder / source.path.strip("/")
+    if not path.exists():
+        raise ConfigError(f"{field}: {uri}: the repository has no `{source.path}` at revision {source.revision}")
+    return path
+
+
+def _download(source: HubSource, commit: str, cache_dir: Path, uri: str, field: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    path = source.path.strip("/")
+    whole = MODEL_FILES if source.repo_type == "model" else DATA_FILES
+    patterns = [path, f"{path}/*"] if path else whole
+    with _hub_errors(source, uri, field):
+        return Path(
+            snapshot_download(
+                source.repo_id,
+                repo_type=source.repo_type,
+                revision=commit,
+                cache_dir=cache_dir / "hub",
+                allow_patterns=patterns,
+                token=_token(source),
+                max_workers=4,
+            )
+        )
+
+
+def _token(source: HubSource) -> str | bool:
+    """The token's text; False: none, not even one that lies about in a home folder."""
+    if source.token_file is None:
+        return False
+    try:
+        return Path(source.token_file).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"credentialsRef: the token file cannot be read: {error.strerror}") from error
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process of all pods at a time; the kernel releases the lock of one that dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as file:
+        fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def _hub_errors(source: HubSource, uri: str, field: str) -> Iterator[None]:
+    """Maps the hub's errors, in one place."""
+    import httpx
+    from huggingface_hub import errors as hub
+
+    def status(error: Any) -> int | None:
+        return getattr(getattr(error, "response", None), "status_code", None)
+
+    try:
+        yield
+    except hub.GatedRepoError as error:
+        raise ConfigError(
+            f"{field}.credentialsRef: {uri} is gated: accept its terms on the hub and set `credentialsRef` to a Secret "
+            "with the token of an account that has access"
+        ) from error
+    except hub.RevisionNotFoundError as error:
+        raise ConfigError(f"{field}.revision: {uri} has no branch, tag or commit `{source.revision}`") from error
+    except (hub.RepositoryNotFoundError, hub.EntryNotFoundError) as error:
+        if status(error) == 401:
+            raise ConfigError(_denied(source, uri, field, 401)) from error
+        raise ConfigError(
+            f"{field}.uri: {uri} does not exist on the hub (or is private: set `credentialsRef`)"
+        ) from error
+    except hub.HfHubHTTPError as error:
+        code = status(error)
+        if code in (401, 403):
+            raise ConfigError(_denied(source, uri, field, code)) from error
+        raise HubUnavailableError(f"{field}.uri: the hub answered {code} for {uri}: {error}") from error
+    except (httpx.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+        raise HubUnavailableError(f"{field}.uri: no hub answered for {uri}: {error}") from error
+
+
+def _denied(source: HubSource, uri: str, field: str, code: int) -> str:
+    if source.token_file is None:
+        return f"{field}.credentialsRef: {uri} needs a token (or does not exist): set `credentialsRef` (answer {code})"
+    return f"{field}.credentialsRef: the token has no access to {uri}, or the repository does not exist (answer {code})"

@@ -1,0 +1,181 @@
+"""The training loop, top to bottom: evaluate the base, then step, report, evaluate, save, until the last step."""
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from finetune_api.launch import LaunchSpec
+from finetune_api.reports import Activity
+from finetune_trainer import engine as ds
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.data.batches import Rows
+from finetune_trainer.data.order import RowOrder
+from finetune_trainer.device import DeviceFacts
+from finetune_trainer.distributed import World
+from finetune_trainer.errors import NonFiniteLossError, TerminatedError
+from finetune_trainer.journal import Journal
+from finetune_trainer.manifest import Progress
+from finetune_trainer.schedule import learning_rate
+from finetune_trainer.state import StateWriter
+from finetune_trainer.step import StepResult, evaluate, train_step
+
+SPEED_SMOOTHING = 0.2
+"""Weight of the newest step in the step time that the ETA is computed from."""
+log = logging.getLogger("finetune_trainer")
+
+
+@dataclass
+class Training:
+    """Everything that the loop works with."""
+
+    spec: LaunchSpec
+    world: World
+    engine: Any
+    rows: Rows
+    eval_rows: Rows | None
+    order: RowOrder
+    checkpoints: Checkpoints
+    progress: Progress
+    status: StateWriter
+    journal: Journal | None
+    """Rank 0's."""
+    stop_requested: Callable[[], bool]
+    device_facts: DeviceFacts
+    step_seconds: float | None = None
+
+    def run(self) -> None:
+        """Trains to the last step; at its end the newest checkpoint is the final state.
+
+        Raises:
+            TerminatedError: a pod was asked to stop; a checkpoint has been saved if the job wants one.
+            NonFiniteLossError: the loss or the gradient norm is not finite.
+        """
+        total = self.order.total_steps
+        if self.progress.last_eval_step is None or self._eval_due(self.progress.step):
+            self._evaluate()
+        while self.progress.step < total:
+            step = self.progress.step + 1
+            started = time.perf_counter()
+            result = self._step(step)
+            self._report(result, time.perf_counter() - started)
+            if result.stop:
+                self._leave()
+            if self._eval_due(step):
+                self._evaluate()
+            if step % self.spec.checkpoint.every_steps == 0 or step == total:
+                self._save()
+
+    def _step(self, step: int) -> StepResult:
+        training = self.spec.training
+        rate = learning_rate(
+            step, self.order.total_steps, training.learning_rate, training.warmup_ratio, training.scheduler
+        )
+        self.status.beat(Activity.TRAINING, learning_rate=rate)
+        ds.set_learning_rate(self.engine, rate)
+        result = train_step(
+            self.engine,
+            self.rows,
+            self.order.rows(step),
+            self.world,
+            step=step,
+            seed=training.seed,
+            micro_batch_size=training.micro_batch_size,
+            max_grad_norm=training.max_grad_norm,
+            stop_requested=self.stop_requested,
+            beat=self.status.beat,
+        )
+        if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
+            raise NonFiniteLossError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}")
+        return result
+
+    def _report(self, result: StepResult, seconds: float) -> None:
+        progress, state = self.progress, self.status.state
+        progress.step += 1
+        progress.samples_total += result.num_samples
+        progress.tokens_total += result.num_tokens
+        progress.loss = result.loss
+        previous = self.step_seconds or seconds
+        self.step_seconds = previous + SPEED_SMOOTHING * (seconds - previous)
+        self.status.beat(
+            step=progress.step,
+            epoch=round(self.order.epoch_after(progress.step), 4),
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            samples_per_second=result.num_samples / seconds,
+            tokens_per_second=result.num_tokens / seconds,
+            eta_seconds=(self.order.total_steps - progress.step) * self.step_seconds,
+            samples_total=progress.samples_total,
+            tokens_total=progress.tokens_total,
+            data_wait_seconds=state.data_wait_seconds + result.data_wait_seconds,
+            **self.device_facts.read(),
+        )
+        if self.journal is not None:
+            self.journal.write(
+                progress.step, loss=result.loss, grad_norm=result.grad_norm, tokens=result.num_tokens, seconds=seconds
+            )
+        log.info(
+            "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
+            progress.step,
+            self.order.total_steps,
+            result.loss,
+            result.grad_norm,
+            state.learning_rate,
+            result.num_tokens / seconds,
+        )
+
+    def _eval_due(self, step: int) -> bool:
+        """Also true after a resume at a step whose evaluation was cut short."""
+        if self.progress.last_eval_step == step:
+            return False
+        every = self.spec.training.eval_every_steps
+        return step == self.order.total_steps or (step > 0 and every is not None and step % every == 0)
+
+    def _evaluate(self) -> None:
+        step = self.progress.step
+        if self.eval_rows is None:
+            self.progress.last_eval_step = step
+            return
+        self.status.beat(Activity.EVALUATING)
+        loss = evaluate(
+            self.engine,
+            self.eval_rows,
+            self.world,
+            micro_batch_size=self.spec.training.micro_batch_size,
+            stop_requested=self.stop_requested,
+            beat=self.status.beat,
+        )
+        if loss is None:
+            self._leave()
+            return
+        if self.progress.last_eval_step is None:
+            self.progress.base_eval_loss = loss
+        self.progress.eval_loss, self.progress.last_eval_step = loss, step
+        self.status.beat(eval_loss=loss, base_eval_loss=self.progress.base_eval_loss)
+        if self.journal is not None:
+            self.journal.event(step, eval_loss=loss, eval_loss_hex=loss.hex())
+        log.info("step %d  held-out loss %.4f", step, loss)
+
+    def _save(self) -> None:
+        started = time.perf_counter()
+        self.status.beat(Activity.CHECKPOINTING)
+        saved_at = self.checkpoints.save(self.engine, self.progress)
+        state = self.status.state
+        self.status.beat(
+            Activity.TRAINING,
+            last_checkpoint_step=self.progress.step,
+            last_checkpoint_time=saved_at,
+            checkpoints=state.checkpoints + 1,
+            checkpoint_stall_seconds=state.checkpoint_stall_seconds + time.perf_counter() - started,
+        )
+
+    def _leave(self) -> None:
+        """All ranks are here at the same step: one pod was asked to stop."""
+        step = self.progress.step
+        if not self.spec.checkpoint.on_termination:
+            raise TerminatedError(f"asked to stop; left after step {step} without saving (onTermination: false)")
+        if step > 0 and self.status.state.last_checkpoint_step != step:
+            self._save()
+        raise TerminatedError(f"asked to stop; saved and left after step {step}")

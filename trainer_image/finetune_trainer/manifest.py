@@ -1,0 +1,114 @@
+"""The list of a checkpoint's files that makes it count: written last, verified first. Pure file work, no torch."""
+
+import json
+import re
+import shutil
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from finetune_trainer.files import fsync_path, sha256_file, write_json
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+_STEP = re.compile(r"^step-(\d{8})$")
+
+
+@dataclass
+class Progress:
+    """What has to survive a restart beside the tensors."""
+
+    step: int = 0
+    samples_total: int = 0
+    tokens_total: int = 0
+    loss: float | None = None
+    base_eval_loss: float | None = None
+    eval_loss: float | None = None
+    last_eval_step: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    progress: Progress
+    attempt: int
+    world_size: int
+    time: float
+    fingerprint: dict[str, Any]
+    files: dict[str, dict[str, Any]]
+    """Name to `sha256` and `size_bytes`."""
+    versions: dict[str, str] = field(default_factory=dict)
+    format: int = FORMAT
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / MANIFEST, asdict(self))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Reads a checkpoint's manifest.
+
+    Raises:
+        ValueError: it is missing or not one of this format.
+    """
+    try:
+        values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if values["format"] != FORMAT:
+            raise ValueError(f"format {values['format']}, this trainer reads {FORMAT}")
+        return Manifest(**{**values, "progress": Progress(**values["progress"])})
+    except (OSError, KeyError, TypeError) as error:
+        raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
+
+
+def file_entry(path: Path) -> dict[str, Any]:
+    """Flushes a file to the disk and describes it for the manifest."""
+    fsync_path(path)
+    return {"sha256": sha256_file(path), "size_bytes": path.stat().st_size}
+
+
+def verify_file(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint; None if nothing is."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    size = path.stat().st_size
+    if size != entry["size_bytes"]:
+        return f"{name} has {size} bytes instead of {entry['size_bytes']}"
+    return None if sha256_file(path) == entry["sha256"] else f"{name} has another SHA-256 than its manifest says"
+
+
+def step_folder(root: Path, step: int) -> Path:
+    return root / f"step-{step:08d}"
+
+
+def complete_checkpoints(root: Path) -> list[Path]:
+    """Folders that were renamed into place, newest first. Whether they verify is another question."""
+    return sorted((p for p in root.iterdir() if _STEP.match(p.name)), key=lambda p: p.name, reverse=True)
+
+
+def temporary_folder(root: Path, step: int, attempt: int) -> Path:
+    return root / f".step-{step:08d}.tmp-{attempt}"
+
+
+def remove_abandoned(root: Path) -> list[str]:
+    """Deletes what a dead attempt left half written; returns the names."""
+    names = []
+    for path in root.glob(".step-*.tmp-*"):
+        shutil.rmtree(path, ignore_errors=True)
+        names.append(path.name)
+    return names
+
+
+def commit(temporary: Path, final: Path) -> None:
+    """Makes a written folder count: entries to the disk, rename, and the rename to the disk."""
+    fsync_path(temporary)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_path(final.parent)
+
+
+def retain(root: Path, keep: int) -> None:
+    """Deletes all but the newest `keep` checkpoints, each by a rename first so that no half-deleted one is ever seen."""
+    for path in complete_checkpoints(root)[keep:]:
+        doomed = path.with_name(f".{path.name}.tmp-delete")
+        path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)

@@ -1,0 +1,96 @@
+"""One rank, from launch file to exported result: `python -m finetune_trainer.rank LAUNCH_FILE SCRATCH_FOLDER`.
+
+Started by the supervisor, which has put this process's place into the environment. `run` is the trainer's table of contents.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from finetune_api.launch import LaunchSpec
+from finetune_api.reasons import FAILURES
+from finetune_api.reports import TRACEBACK_LIMIT, Activity
+from finetune_trainer.config import read_launch
+from finetune_trainer.errors import TerminatedError, classify, short_traceback
+from finetune_trainer.logs import setup_logging
+from finetune_trainer.state import StateWriter
+
+PR_SET_PDEATHSIG = 1
+log = logging.getLogger("finetune_trainer")
+
+
+def run(spec: LaunchSpec, scratch: Path, status: StateWriter, stop_requested: Callable[[], bool]) -> None:
+    """config → distributed → data → model → engine → checkpoint → loop → export; all ranks go the same way."""
+    from finetune_trainer import distributed
+
+    started = clock = time.perf_counter()
+    world = distributed.connect(spec)
+    clock = _took("distributed", clock)
+
+    from finetune_trainer import setup
+
+    claim = setup.claim(spec, world)
+    sources = setup.locate(spec, world)
+    status.beat(model_revision=sources.model_revision)
+    clock = _took("sources", clock)
+
+    data = setup.load_data(spec, sources, world, scratch, status.beat)
+    clock = _took("data", clock)
+
+    engine = setup.build_engine(spec, sources, world)
+    clock = _took("model and engine", clock)
+
+    training = setup.prepare_training(spec, sources, data, engine, world, claim, status, stop_requested)
+    clock = _took("checkpoint", clock)
+
+    world.wait_for_all("loaded")
+    training.run()
+
+    status.beat(Activity.EXPORTING)
+    setup.export(spec, training, data.tokenizer, sources, started)
+    status.beat(Activity.DONE)
+    world.leave_together()
+
+
+def _took(name: str, since: float) -> float:
+    now = time.perf_counter()
+    log.info("start-up: %s took %.1f s", name, now - since)
+    return now
+
+
+def main(arguments: list[str]) -> int:
+    """Runs this process's rank and returns its exit code; every error is recorded for the supervisor."""
+    launch_file, scratch = map(Path, arguments)
+    rank = int(os.environ["RANK"])
+    stops: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives its supervisor
+    setup_logging(rank)
+    spec = read_launch(launch_file)
+    status = StateWriter(scratch, rank, spec.attempt)
+    status.beat()
+    try:
+        run(spec, scratch, status, lambda: bool(stops))
+        return 0
+    except BaseException as error:
+        reason, message = classify(error)
+        status.fail(reason, message, short_traceback(error, TRACEBACK_LIMIT))
+        if not isinstance(error, TerminatedError):
+            log.exception("this rank ends: %s", reason)
+        return FAILURES[reason].exit_code or 1
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)  # no destructors: communication threads would wait for peers that are gone

@@ -1,0 +1,68 @@
+"""HTTP of one pod: `/progress`, `/metrics` and `/healthz`, served by the supervisor while the ranks load or train.
+
+The socket is bound before the ranks start, so a taken port is an error at once and early callers wait instead of being
+refused; FastAPI is imported on the server's own thread, beside the ranks' imports.
+"""
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.state import RankState
+
+States = Callable[[], list[RankState]]
+
+
+def bind(port: int) -> socket.socket:
+    """A listening socket on all interfaces.
+
+    Raises:
+        ConfigError: the port is taken.
+    """
+    try:
+        return socket.create_server(("", port), backlog=64)
+    except OSError as error:
+        raise ConfigError(f"httpPort: port {port} cannot be listened on: {error.strerror}") from error
+
+
+def serve(listener: socket.socket, states: States, attempt: int) -> None:
+    """Starts serving on a daemon thread; it ends with the process."""
+    threading.Thread(target=_run, args=(listener, states, attempt), name="http", daemon=True).start()
+
+
+def _run(listener: socket.socket, states: States, attempt: int) -> None:
+    import uvicorn
+    from fastapi import FastAPI, Response
+    from prometheus_client import CollectorRegistry
+    from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+    from finetune_trainer.metrics import RankCollector
+    from finetune_trainer.report import progress_report
+
+    started = time.time()
+    app = FastAPI(title="finetune-trainer", docs_url=None, redoc_url=None, openapi_url=None)
+    registry = CollectorRegistry()
+    registry.register(RankCollector(lambda: _or_loading(states(), attempt, started)))
+
+    @app.get("/progress")
+    async def progress() -> Response:
+        report = progress_report(_or_loading(states(), attempt, started)[0])
+        return Response(report.to_json(), media_type="application/json")
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/healthz")
+    async def healthz() -> Response:
+        return Response("ok\n", media_type="text/plain")
+
+    config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _or_loading(states: list[RankState], attempt: int, started: float) -> list[RankState]:
+    """Before the first heartbeat the ranks are importing: that is `Loading`."""
+    return states or [RankState(rank=0, attempt=attempt, heartbeat_time=started)]

@@ -1,0 +1,195 @@
+"""The steps of a rank's start, in order: claim, locate, load data, build the engine, resume; and the export at the end.
+
+Each is a plain function of what the steps before it made; `rank.run` puts them together. Heavy libraries are imported where
+they are needed, so that a wrong path or a taken output folder is told within the first seconds.
+"""
+
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune_api.launch import LaunchDataset, LaunchSpec
+from finetune_trainer import model as models
+from finetune_trainer.claims import AttemptClaim, claim_output
+from finetune_trainer.config import fingerprint
+from finetune_trainer.data.batches import Rows
+from finetune_trainer.data.order import RowOrder
+from finetune_trainer.data.packing import pack_rows, single_rows
+from finetune_trainer.data.store import TokenStore, build_store
+from finetune_trainer.data.tokenize import Encoder
+from finetune_trainer.distributed import World
+from finetune_trainer.errors import StorageError
+from finetune_trainer.hub import local_path, resolve_revision
+from finetune_trainer.manifest import Progress
+from finetune_trainer.state import StateWriter
+from finetune_trainer.versions import versions
+
+log = logging.getLogger("finetune_trainer")
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Local paths of everything that is read."""
+
+    model: Path
+    model_revision: str | None
+    train: list[tuple[LaunchDataset, Path]]
+    evaluation: list[tuple[LaunchDataset, Path]]
+
+
+@dataclass(frozen=True)
+class Data:
+    tokenizer: Any
+    train: Rows
+    train_digest: str
+    evaluation: Rows | None
+
+
+def claim(spec: LaunchSpec, world: World) -> AttemptClaim | None:
+    """Claims the checkpoint and output folders for this attempt; rank 0 does it, and all ranks learn of a refusal."""
+
+    def work() -> AttemptClaim | None:
+        if not world.is_first:
+            return None
+        claim_output(spec)
+        return AttemptClaim.take(spec)
+
+    claims = world.together(work)
+    return claims[0] if world.is_first else None
+
+
+def locate(spec: LaunchSpec, world: World) -> Sources:
+    """Resolves revisions on rank 0, downloads on the first rank of each node, and returns local paths on all."""
+    datasets = [*spec.train, *spec.evaluation]
+    named = [(spec.model.source, spec.model.uri, "model"), *((d.source, d.uri, "datasets") for d in datasets)]
+
+    def resolve() -> list[str | None]:
+        return [resolve_revision(*item) for item in named] if world.is_first else []
+
+    commits = world.together(resolve)[0]
+    cache_dir = Path(spec.cache_dir)
+
+    def paths() -> list[Path]:
+        return [
+            local_path(source, commit, cache_dir, uri, field)
+            for (source, uri, field), commit in zip(named, commits, strict=True)
+        ]
+
+    if world.is_first_of_node:
+        found = paths()
+    world.wait_for_node("located", world.is_first_of_node)
+    found = found if world.is_first_of_node else paths()
+    world.wait_for_all("located")
+    data = list(zip(datasets, found[1:], strict=True))
+    return Sources(found[0], commits[0], data[: len(spec.train)], data[len(spec.train) :])
+
+
+def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
+    """Tokenises on the first rank of each node; the others map its arrays."""
+    training = spec.training
+    config = models.check_model_folder(sources.model, spec.model.uri)
+    models.check_max_length(config, training.max_length, spec.model.uri)
+    tokenizer = models.load_tokenizer(sources.model, spec)
+    parts = {"train": sources.train, "evaluation": sources.evaluation}
+    if world.is_first_of_node:
+        encoder = Encoder(tokenizer, spec.model.uri)
+        for name, datasets in parts.items():
+            if datasets:
+                build_store(datasets, encoder, training.max_length, beat).save(scratch / "data" / name)
+    world.wait_for_node("tokenised", world.is_first_of_node)
+    rows: dict[str, Rows] = {}
+    for name, datasets in parts.items():
+        if datasets:
+            store = TokenStore.load(scratch / "data" / name)
+            packing = training.packing
+            samples = pack_rows(store.lengths, training.max_length) if packing else single_rows(len(store))
+            rows[name] = Rows(store, samples, packed=packing)
+            log.info("%s: %d samples in %d rows, %d tokens", name, len(store), len(samples), len(store.ids))
+    return Data(tokenizer, rows["train"], rows["train"].store.digest(), rows.get("evaluation"))
+
+
+def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
+    """Loads the model and wraps it."""
+    from finetune_trainer import engine as ds
+
+    config = ds.deepspeed_config(spec)
+    model = models.load_model(sources.model, spec, config)
+    trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
+    log.info("%s parameters are trained", f"{trainable:,}")
+    world.wait_for_all("model loaded")
+    return ds.build_engine(model, spec, config)
+
+
+def prepare_training(
+    spec: LaunchSpec,
+    sources: Sources,
+    data: Data,
+    engine: Any,
+    world: World,
+    own_claim: AttemptClaim | None,
+    status: StateWriter,
+    stop_requested: Callable[[], bool],
+) -> Any:
+    """Resumes, if there is something to resume from, and returns the loop, ready to run."""
+    from finetune_trainer.checkpoint import Checkpoints
+    from finetune_trainer.device import DeviceFacts
+    from finetune_trainer.journal import Journal
+    from finetune_trainer.loop import Training
+
+    training, root = spec.training, Path(spec.checkpoint.dir)
+    print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
+    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run)
+    order = RowOrder(len(data.train), training.seed, training.global_batch_size, training.epochs, training.max_steps)
+    resumed = checkpoints.restore(engine)
+    progress = resumed or Progress()
+    facts = asdict(progress)
+    facts.pop("last_eval_step")
+    status.beat(
+        total_steps=order.total_steps,
+        resumed_from_step=progress.step,
+        last_checkpoint_step=progress.step if resumed else None,
+        epoch=round(order.epoch_after(progress.step), 4),
+        **facts,
+    )
+    return Training(
+        spec=spec,
+        world=world,
+        engine=engine,
+        rows=data.train,
+        eval_rows=data.evaluation,
+        order=order,
+        checkpoints=checkpoints,
+        progress=progress,
+        status=status,
+        journal=Journal(root, spec.attempt) if world.is_first else None,
+        stop_requested=stop_requested,
+        device_facts=DeviceFacts(world.device),
+    )
+
+
+def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, started: float) -> None:
+    """Writes the output folder on rank 0; every rank helps to gather the weights."""
+    from finetune_trainer.export import gather_weights, write_output
+
+    world: World = training.world
+    weights = gather_weights(training.engine, spec, first=world.is_first)
+    if not world.is_first:
+        return
+    claim_now: AttemptClaim = training.checkpoints.claim
+    claim_now.check()
+    progress: Progress = training.progress
+    result = {
+        **asdict(progress),
+        "model_uri": spec.model.uri,
+        "model_revision": sources.model_revision,
+        "attempt": spec.attempt,
+        "seconds": round(time.perf_counter() - started, 1),
+        "versions": versions(),
+    }
+    try:
+        write_output(training.engine, tokenizer, weights, spec, result)
+    except OSError as error:
+        raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error
