@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
 from cluster import kubeapi, parts
 from cluster.parts import Part
-from cluster.settings import REPOSITORY, Settings
+from cluster.settings import PYTHON, REPOSITORY, Settings
 from cluster.shell import PART_ENV
 
 DNS_PORT = 1053
@@ -32,7 +31,7 @@ def build_parts(settings: Settings, binaries: Path) -> list[Part]:
         "kube-scheduler": ([f"{binaries}/kube-scheduler", *_client_flags(settings, "scheduler")], ("ready",)),
         "coredns": ([f"{binaries}/coredns", "-conf", f"{state}/Corefile"], ("ready",)),
         "registry": (["docker-registry", "serve", f"{state}/registry.json"], ()),
-        "provisioner": ([sys.executable, "-m", "cluster", "provision"], ("ready",)),
+        "provisioner": ([str(PYTHON), "-m", "cluster", "provision"], ("ready",)),
     }
     # The provisioner is this package: it must find the same instance.
     own = {

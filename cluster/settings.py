@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from ipaddress import IPv4Network
@@ -21,6 +22,8 @@ DEFAULT_NAME = "finetune"
 DEFAULT_CIDR = "10.222.0.0/16"
 MAX_NODES = 16
 REPOSITORY = Path(__file__).resolve().parent.parent
+# Not the virtual environment that a command happens to run in: a part would be restarted whenever that changes.
+PYTHON = Path(sys.executable).resolve()
 ARGS_PREFIX = "FINETUNE_CLUSTER_ARGS_"
 
 

@@ -9,7 +9,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from cluster import cgroups, kubeapi, parts, processes
 from cluster.errors import ClusterError
 from cluster.parts import Part, Seen
 from cluster.processes import Process
-from cluster.settings import REPOSITORY, Settings
+from cluster.settings import PYTHON, REPOSITORY, Settings
 
 TICK_SECONDS = 0.1
 MAX_BACKOFF_SECONDS = 5.0
@@ -131,7 +130,7 @@ def start(settings: Settings) -> None:
     procs = cgroups.create_leaf(f"{settings.cgroup}/host/supervisor")
     with _open_log(parts.log(settings, "supervisor")) as log:
         subprocess.Popen(
-            [sys.executable, "-m", "cluster", "supervise"],
+            [PYTHON, "-m", "cluster", "supervise"],
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
