@@ -1,4 +1,4 @@
-"""`python3 -m demo`: checks the machine, prepares the Python environment, and goes on inside it.
+"""`python3 -m demo`, `python3 -m demo test` and `python3 -m demo lint`: checks the machine, then hands over.
 
 Standard library only, since it runs before anything is installed.
 """
@@ -6,22 +6,37 @@ Standard library only, since it runs before anything is installed.
 import os
 import sys
 
-from demo import environment, preflight
+from demo import checks, commands, environment, preflight
 
 
-def main() -> None:
-    """Never returns: replaces this process by the demo proper, in the project's environment."""
+def main() -> int:
+    """Runs the demo, the tests or the linters, and returns the exit status."""
+    what, *arguments = sys.argv[1:] or ["demo"]
+    if what not in ("demo", "test", "lint"):
+        print(f"usage: python3 -m demo [demo | test [PYTEST_OPTION...] | lint], got `{what}`", file=sys.stderr)
+        return 2
+    commands.end_with_parent()
+    if what == "lint":
+        return checks.lint_only()
     problems = preflight.problems()
     if problems:
-        print("The demo cannot run here yet:\n", file=sys.stderr)
+        print(f"make {what} cannot run here yet:\n", file=sys.stderr)
         print("\n".join(f"  - {problem}" for problem in problems), file=sys.stderr)
-        sys.exit(2)
+        return 2
+    if what == "test":
+        return checks.test(arguments)
+    return _demo(arguments)
+
+
+def _demo(arguments: list[str]) -> int:
     try:
-        python = environment.prepare(["--extra", "cli"])
+        python = environment.prepare(["--no-dev", "--extra", "cli"])
     except environment.PrepareError as error:
-        sys.exit(str(error))
-    os.execv(python, [str(python), "-m", "demo.run", *sys.argv[1:]])
+        print(error, file=sys.stderr)
+        return 1
+    # Returns only by an exception: the demo proper takes this process' place.
+    return os.execv(python, [str(python), "-m", "demo.run", *arguments])
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,11 @@
 """Runs other programs: output to a log, and all of them ended when the demo ends early."""
 
+import ctypes
 import os
+import shutil
 import signal
 import subprocess
+import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,6 +27,26 @@ class CommandError(Exception):
 
 _running: set[subprocess.Popen[str]] = set()
 _lock = threading.Lock()
+_stopped = threading.Event()
+
+
+def end_with_parent() -> None:
+    """Makes this process end when the one that started it does, even by SIGKILL; its own children end with it.
+
+    A `make test` that was killed leaves nothing behind that would be in the way of the next one.
+    """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+_PR_SET_PDEATHSIG = 1
+_WRAPPER = ["setpriv", "--pdeathsig", "TERM", "--"] if shutil.which("setpriv") else []
+"""The same for a child, which cannot be asked to do it itself."""
+
+
+def wrapped(command: Sequence[str | Path]) -> list[str]:
+    """A command that ends when this process does."""
+    return [*_WRAPPER, *(str(word) for word in command)]
 
 
 def run(
@@ -35,12 +58,14 @@ def run(
         CommandError: it ended with another status than 0, or took longer than `timeout` seconds.
     """
     words = [str(word) for word in command]
+    if _stopped.is_set():
+        raise CommandError("stopped, since another step failed")
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a") as errors:
         errors.write(f"$ {' '.join(words)}\n")
         errors.flush()
         process = subprocess.Popen(
-            words,
+            wrapped(words),
             cwd=ROOT,
             stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -66,6 +91,7 @@ def run(
 
 def end_all() -> None:
     """Ends every program that still runs, with its children."""
+    _stopped.set()
     with _lock:
         processes = list(_running)
     for process in processes:

@@ -25,11 +25,12 @@ class PrepareError(Exception):
     """The environment could not be prepared; the message says what to do and where the log is."""
 
 
-def prepare(options: Sequence[str]) -> Path:
+def prepare(options: Sequence[str], *, quiet: bool = False) -> Path:
     """Brings `.venv` in step with uv.lock and returns its python.
 
     Args:
         options: of `uv sync`, such as `--extra cli`. What other calls installed stays.
+        quiet: print nothing, since the caller does.
 
     Raises:
         PrepareError: uv could not be had, or failed.
@@ -42,9 +43,11 @@ def prepare(options: Sequence[str]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         command = [str(uv(log)), "sync", "--locked", "--inexact", "--python", sys.executable, *options]
         started = time.monotonic()
-        print(f"python     packages from uv.lock into {target.name} (usually 10 s, 6 min with torch)", file=sys.stderr)
+        if not quiet:
+            print("python     packages from uv.lock (usually 10 s, 8 min with torch)", file=sys.stderr)
         _logged(command, log)
-        print(f"python     done in {time.monotonic() - started:.0f} s", file=sys.stderr)
+        if not quiet:
+            print(f"python     done in {time.monotonic() - started:.0f} s", file=sys.stderr)
     return target / "bin" / "python"
 
 

@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from demo import commands
-from demo.board import LineBoard, TableBoard, duration
+from demo.board import TableBoard
 from demo.kube import Kubectl
+from demo.lines import LineBoard, duration
 from demo.preflight import cache_dir
 from demo.setup import NAMESPACE, RELEASE, Setup
 from demo.steps import run_all
@@ -26,6 +27,7 @@ TRAINING_USUAL = "5 min"
 
 def main() -> int:
     """Runs the demo and returns its exit status."""
+    commands.end_with_parent()
     console = Console(highlight=False)
     console.print(
         "finetune-operator demo: a cluster, the operator, and a FineTuneJob that trains SmolLM2-135M-Instruct.\n"

