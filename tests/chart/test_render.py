@@ -9,6 +9,7 @@ import yaml
 from finetune_operator.config import resolve_config
 from tests.chart import helm
 from tests.chart.helm import CHART, VALUES, one, render
+from tests.e2e.cluster import ROOT
 
 ALWAYS = {"ClusterRole", "CustomResourceDefinition", "Deployment", "Role", "RoleBinding", "Service", "ServiceAccount"}
 KINDS = {
@@ -124,7 +125,7 @@ def test_crd_is_the_generated_one(keep: bool) -> None:
     annotations = rendered["metadata"].pop("annotations", {})
     assert (annotations.get("helm.sh/resource-policy") == "keep") is keep
     rendered["metadata"].pop("labels")
-    generated = Path(helm.ROOT / "crds" / "finetune.dev_finetunejobs.yaml").read_text()
+    generated = Path(ROOT / "crds" / "finetune.dev_finetunejobs.yaml").read_text()
     assert rendered == yaml.safe_load(generated)
 
 
