@@ -98,6 +98,7 @@ def change_node(settings: Settings, action: str, name: str) -> None:
         elif action == "kill":
             node.kill(settings, target)
         else:
+            network.ensure(settings)
             node.start(settings, target, build.pause_image(settings).reference)
 
 
@@ -117,6 +118,7 @@ def _check_unchanged(settings: Settings) -> None:
 def _prepare(settings: Settings, pause: build.Image) -> None:
     fresh = not settings.pki.exists()
     if supervisor.running(settings):
+        network.ensure(settings)
         for one in settings.nodes:
             if set(parts.held(settings)) & {node.part_name(one, daemon) for daemon in node.DAEMONS}:
                 node.start(settings, one, pause.reference)
@@ -226,8 +228,7 @@ def _kill_everything(settings: Settings) -> None:
     if count:
         say(f"- killed {count} processes")
     cgroups.remove(settings.cgroup)
-    for one in settings.nodes:
-        node.remove_mounts(settings, one)
+    node.remove_all_mounts(settings)
 
 
 def _mount_run(settings: Settings) -> None:
@@ -241,7 +242,8 @@ def _mount_run(settings: Settings) -> None:
 
 def _unmount_run(settings: Settings) -> None:
     while settings.run.is_mount():
-        shell.run(["umount", settings.run])
+        # Lazily: somebody's shell may stand in it.
+        shell.run(["umount", "--lazy", settings.run])
 
 
 def _lock(settings: Settings) -> AbstractContextManager[None]:

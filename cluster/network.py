@@ -67,6 +67,11 @@ def ensure(settings: Settings) -> None:
     _ip(None, "route replace", f"{settings.service_cidr} via {settings.nodes[0].address} dev {settings.interface}")
 
 
+def unplug(settings: Settings, node: Node) -> None:
+    """Takes the node's link down; `ensure` plugs it in again."""
+    _ip(namespace(settings, node.name), "link set eth0 down")
+
+
 def remove(settings: Settings) -> None:
     """Removes all of it. Links and routes go with their namespaces, once no process is in them."""
     if _has_link(None, settings.interface):

@@ -88,7 +88,12 @@ def stop(settings: Settings, node: Node) -> None:
 
 
 def kill(settings: Settings, node: Node) -> None:
-    """Kills all that runs on the node at once, like a loss of power, and forgets what a reboot would."""
+    """Kills all that runs on the node at once, like a loss of power, and forgets what a reboot would.
+
+    The cable goes first: a machine without power says no goodbye, so its peers must see silence and not closed
+    connections.
+    """
+    network.unplug(settings, node)
     _kill(settings, node, DAEMONS, settings.node_cgroup(node))
     _forget_what_a_reboot_would(settings, node)
 
@@ -106,9 +111,15 @@ def ctr_images(settings: Settings, node: Node, *words: str) -> list[str]:
     return ["ctr", "--address", socket, "--namespace", "k8s.io", "images", *words]
 
 
-def remove_mounts(settings: Settings, node: Node) -> None:
-    """Lets go of the node's mount namespace: all of its mounts go with the last process in it."""
-    pin = _mounts(settings, node)
+def remove_all_mounts(settings: Settings) -> None:
+    """Lets go of the mount namespace of every node that there is, also of those that are no longer asked for."""
+    folder = settings.run / "mounts"
+    for pin in folder.iterdir() if folder.exists() else []:
+        _unpin(pin)
+
+
+def _unpin(pin: Path) -> None:
+    # All mounts of the namespace go with the last process in it.
     while network.is_pinned(pin):
         shell.run(["umount", pin])
     pin.unlink(missing_ok=True)
@@ -129,7 +140,7 @@ def _kill(settings: Settings, node: Node, daemons: Sequence[str], group: str) ->
 
 
 def _forget_what_a_reboot_would(settings: Settings, node: Node) -> None:
-    remove_mounts(settings, node)
+    _unpin(_mounts(settings, node))
     cgroups.remove(settings.node_cgroup(node))
     shutil.rmtree(settings.node_run(node), ignore_errors=True)
     # Addresses of pods that died with the power would never be given back.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import ssl
 import subprocess
 import time
@@ -261,8 +262,14 @@ def test_a_stopped_node_is_lost_while_its_pods_go_on(apps: Instance) -> None:
 def test_a_killed_node_loses_its_pods_and_comes_back(apps: Instance) -> None:
     group = apps.settings.node_cgroup(apps.settings.node("node-0"))
     assert cgroups.members(group)
-    apps.run("node", "kill", "node-0")
-    assert not cgroups.members(group)
+    address = _pod(apps, "node-0")["status"]["podIP"]
+    with socket.create_connection((address, 8080), timeout=5) as connection:
+        apps.run("node", "kill", "node-0")
+        assert not cgroups.members(group)
+        # Silence, as from a machine without power, and not the end of the connection.
+        connection.settimeout(1)
+        with pytest.raises(TimeoutError):
+            connection.recv(1)
     apps.run("node", "start", "node-0")
     eventually(lambda: apps.ready_nodes() == {"node-0", "node-1"}, "its return", 30)
     eventually(lambda: _both_serve(apps), "its pods", 60)
