@@ -71,7 +71,9 @@ def _install(helm: str, kubectl: Kubectl, images: dict[str, str]) -> None:
         "image": _image(images["operator"]),
         "trainer": {"image": _image(images["trainer"])},
     }
-    _run(helm, kubectl, "upgrade", "--install", RELEASE, str(CHART), "-f", "-", "--wait", stdin=json.dumps(values))
+    # The CRD may be another release's, such as the demo's.
+    options = ["-f", "-", "--take-ownership", "--wait"]
+    _run(helm, kubectl, "upgrade", "--install", RELEASE, str(CHART), *options, stdin=json.dumps(values))
 
 
 def _image(reference: str) -> dict[str, str]:

@@ -41,8 +41,9 @@ class Kubectl:
 
     def apply(self, *manifests: dict[str, Any], dry_run: bool = False) -> str:
         """`kubectl apply`, with the API server's strict field validation."""
-        listing = {"apiVersion": "v1", "kind": "List", "items": list(manifests)}
-        return self("apply", "-f", "-", *(["--dry-run=server"] if dry_run else []), stdin=json.dumps(listing))
+        # Not as a List: kubectl validates what is in one by itself, and says less than the API server.
+        documents = "\n---\n".join(json.dumps(manifest) for manifest in manifests)
+        return self("apply", "-f", "-", *(["--dry-run=server"] if dry_run else []), stdin=documents)
 
     def get(self, kind: str, name: str) -> dict[str, Any]:
         """One object."""

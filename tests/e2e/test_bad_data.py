@@ -11,8 +11,8 @@ pytestmark = pytest.mark.cluster
 GOOD_LINE = '{"messages": [{"role": "user", "content": "2+2?"}, {"role": "assistant", "content": "4"}]}'
 CASES = {
     "missing-file": (None, ("missing-file.jsonl", "no such file")),
-    "broken-json": (f"{GOOD_LINE}\n{GOOD_LINE}\n{{broken\n", ("broken-json.jsonl", "line 3", "JSON")),
-    "empty-conversation": (f'{GOOD_LINE}\n{{"messages": []}}\n', ("empty-conversation.jsonl", "line 2")),
+    "broken-json": (f"{GOOD_LINE}\n{GOOD_LINE}\n{{broken\n", ("broken-json.jsonl", ":3:", "JSON")),
+    "empty-conversation": (f'{GOOD_LINE}\n{{"messages": []}}\n', ("empty-conversation.jsonl:2:",)),
     "no-usable-sample": (
         '{"messages": [{"role": "user", "content": "hello"}]}\n',
         ("no-usable-sample.jsonl", "no usable sample"),

@@ -4,7 +4,6 @@ from pathlib import Path
 
 from demo import assets, volume
 from demo.kube import Kubectl as DemoKubectl
-
 from tests.e2e.jobs import SMALL
 from tests.e2e.kube import Kubectl
 
