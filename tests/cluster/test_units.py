@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from cluster import build, dockerfile, oci, parts, providers, settings, storage
 from cluster.errors import ClusterError
 from cluster.parts import Part, Seen
 from cluster.processes import Process, command_line, find
 from cluster.supervisor import Supervisor
-
-from cluster import build, dockerfile, oci, parts, providers, settings, storage
 
 
 @pytest.mark.parametrize(
