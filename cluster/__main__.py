@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 
-from cluster import built, images, providers, settings, storage, supervisor, tools
+from cluster import images, providers, settings, storage, supervisor, tools
 from cluster.errors import ClusterError
 
 
@@ -32,7 +32,7 @@ def _dispatch(arguments: argparse.Namespace, instance: settings.Settings) -> Non
         case "info":
             print(json.dumps(providers.info(instance), indent=2))
         case "status":
-            print(built.status(instance))
+            print(providers.status(instance))
         case "node":
             providers.change_node(instance, arguments.action, arguments.name)
         case "tool":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from cluster import oci, shell, tools
 from cluster.console import step
+from cluster.locks import file_lock
 from cluster.settings import KUBERNETES_VERSION, Settings
 
 SOURCES = Path(__file__).resolve().parent
@@ -36,16 +37,12 @@ def kubernetes(settings: Settings) -> Path:
     """Returns the folder with a link a program to the multi-call binary, building it where needed."""
     flags = _version_flags()
     folder = settings.cache / "kube" / content_hash([SOURCES / "kube"], flags)
-    if not (folder / "kube").exists():
-        new = folder / ".kube.new"
-        folder.mkdir(parents=True, exist_ok=True)
-        with step(f"building Kubernetes {KUBERNETES_VERSION} from source", "10 minutes on 2 cores, once"):
-            _go_build(settings, SOURCES / "kube", new, flags, {})
-        for program in PROGRAMS:
-            link = folder / program
-            link.unlink(missing_ok=True)
-            link.symlink_to("kube")
-        new.rename(folder / "kube")
+    if (folder / "kube").exists():
+        return folder
+    # Of two that start at once, the second waits and finds it built.
+    with file_lock(settings.cache / "build.lock"):
+        if not (folder / "kube").exists():
+            _build_kubernetes(settings, folder, flags)
     return folder
 
 
@@ -62,6 +59,19 @@ def pause_image(settings: Settings) -> Image:
             oci.write_archive(image.archive, files=files, entrypoint=["/pause"], reference=image.reference)
         binary.unlink()
     return image
+
+
+def _build_kubernetes(settings: Settings, folder: Path, flags: list[str]) -> None:
+    new = folder / ".kube.new"
+    folder.mkdir(parents=True, exist_ok=True)
+    with step(f"building Kubernetes {KUBERNETES_VERSION} from source", "10 minutes on 2 cores, once"):
+        _go_build(settings, SOURCES / "kube", new, flags, {})
+    for program in PROGRAMS:
+        link = folder / program
+        link.unlink(missing_ok=True)
+        link.symlink_to("kube")
+    # Last: a folder with `kube` in it is complete.
+    new.rename(folder / "kube")
 
 
 def content_hash(paths: Iterable[Path], extra: Iterable[str]) -> str:

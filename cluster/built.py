@@ -23,7 +23,7 @@ API_TIMEOUT_SECONDS = 90.0
 
 
 def up(settings: Settings) -> Path:
-    """Starts what does not run, waits until both nodes are Ready and DNS answers, and returns the kubeconfig.
+    """Starts what does not run, waits until the nodes are Ready and DNS answers, and returns the kubeconfig.
 
     Raises:
         ClusterError: A step failed; the message names its log.
@@ -48,7 +48,13 @@ def up(settings: Settings) -> Path:
 
 
 def down(settings: Settings, *, purge: bool) -> None:
-    """Removes everything that runs and everything that was made for it; the cache only with `purge`."""
+    """Removes everything that runs and everything that was made for it; the cache only with `purge`.
+
+    Raises:
+        ClusterError: Somebody else runs it, or a process does not die.
+    """
+    if os.geteuid() != 0 and cgroups.members(settings.cgroup):
+        raise ClusterError(f"cluster `{settings.name}` was started by root", hint="run as root")
     with _lock(settings):
         _kill_everything(settings)
         network.remove(settings)
@@ -98,7 +104,7 @@ def change_node(settings: Settings, action: str, name: str) -> None:
         elif action == "kill":
             node.kill(settings, target)
         else:
-            network.ensure(settings)
+            network.ensure_node(settings, target)
             node.start(settings, target, build.pause_image(settings).reference)
 
 
@@ -118,9 +124,9 @@ def _check_unchanged(settings: Settings) -> None:
 def _prepare(settings: Settings, pause: build.Image) -> None:
     fresh = not settings.pki.exists()
     if supervisor.running(settings):
-        network.ensure(settings)
         for one in settings.nodes:
-            if set(parts.held(settings)) & {node.part_name(one, daemon) for daemon in node.DAEMONS}:
+            if parts.held(settings) & {node.part_name(one, daemon) for daemon in node.DAEMONS}:
+                network.ensure_node(settings, one)
                 node.start(settings, one, pause.reference)
         return
     network.check_cidr_is_free(settings)

@@ -60,7 +60,7 @@ def ensure(settings: Settings) -> None:
     _ip(None, "addr replace", f"{settings.gateway}/24 dev {settings.interface}")
     _ip(None, "link set", settings.interface, "up")
     for node in settings.nodes:
-        _ensure_node(settings, node)
+        ensure_node(settings, node)
     # Pods and Services are reachable from the host through the nodes, as from any machine of a flat network.
     for node in settings.nodes:
         _ip(None, "route replace", f"{node.pod_cidr} via {node.address} dev {settings.interface}")
@@ -68,7 +68,7 @@ def ensure(settings: Settings) -> None:
 
 
 def unplug(settings: Settings, node: Node) -> None:
-    """Takes the node's link down; `ensure` plugs it in again."""
+    """Takes the node's link down; `ensure_node` plugs it in again."""
     _ip(namespace(settings, node.name), "link set eth0 down")
 
 
@@ -83,7 +83,8 @@ def remove(settings: Settings) -> None:
         path.unlink()
 
 
-def _ensure_node(settings: Settings, node: Node) -> None:
+def ensure_node(settings: Settings, node: Node) -> None:
+    """Makes whatever is missing of a node's link, and takes it up."""
     switch, inside = namespace(settings, SWITCH), namespace(settings, node.name)
     if not _has_link(inside, "eth0"):
         _ip(inside, "link add eth0 type veth peer name", node.name, f"netns {switch}")

@@ -90,6 +90,14 @@ def info(settings: Settings) -> dict[str, Any]:
     }
 
 
+def status(settings: Settings) -> str:
+    """Returns a table of the built cluster's parts, or where else the cluster comes from."""
+    choice = choose(settings)
+    if choice.provider is Provider.BUILT:
+        return built.status(settings)
+    return f"the cluster comes from `{choice.provider}`: kubectl --kubeconfig={choice.kubeconfig} get nodes"
+
+
 def change_node(settings: Settings, action: str, name: str) -> None:
     """Stops, kills or starts a node of the built cluster.
 

@@ -37,12 +37,12 @@ class Instance:
         assert done.returncode == 0, err
         return out
 
-    def start(self, *words: str) -> subprocess.Popen[str]:
+    def start(self, *words: str, **env: str) -> subprocess.Popen[str]:
         """Starts a cluster command without waiting for it."""
         return subprocess.Popen(
             [sys.executable, "-m", "cluster", *words],
             cwd=REPOSITORY,
-            env=self.env,
+            env={**self.env, **env},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
