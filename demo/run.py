@@ -31,7 +31,8 @@ def main() -> int:
     console = Console(highlight=False)
     console.print(
         "finetune-operator demo: a cluster, the operator, and a FineTuneJob that trains SmolLM2-135M-Instruct.\n"
-        f"Logs: {cache_dir() / 'log' / 'demo'}\n"
+        f"Logs: {cache_dir() / 'log' / 'demo'}\n",
+        soft_wrap=True,
     )
     started = time.monotonic()
     setup = Setup()
