@@ -13,6 +13,7 @@ def main() -> int:
     config = resolve_config(sys.argv[1:], os.environ)
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(config.log_level)))
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
     return run(config)
 
 

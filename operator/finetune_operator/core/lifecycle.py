@@ -21,7 +21,7 @@ def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
     status = status.model_copy(
         update={
             "start_time": time if status.start_time is None else status.start_time,
-            "plan": choose(s.job, s.config),
+            "plan": status.plan or choose(s.job, s.config),
             "progress": status.progress.model_copy(update={"activity": None}) if status.progress else None,
         }
     )

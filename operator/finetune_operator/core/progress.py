@@ -4,7 +4,8 @@ from datetime import datetime, timedelta
 
 from finetune_api.reports import Activity, ProgressReport, TerminationReport
 from finetune_api.status import FineTuneJobStatus, ProgressStatus
-from finetune_operator.core.attempts import absorb
+from finetune_operator.core.attempts import absorb, absorb_reports
+from finetune_operator.core.observe import Observed
 from finetune_operator.core.settings import PlanConfig
 
 _PHASES = {
@@ -69,6 +70,14 @@ def take_report(status: FineTuneJobStatus, report: ProgressReport, now: datetime
     if new == old and new.update_time is not None:
         return status
     return status.model_copy(update={"progress": new.model_copy(update={"update_time": now})})
+
+
+def take_all(status: FineTuneJobStatus, observed: Observed, now: datetime) -> FineTuneJobStatus:
+    """A copy with all that is known of a running attempt, at its end: the newest report and the pods' last messages."""
+    report = observed.progress
+    if report is not None and status.attempts and report.attempt == status.attempts[-1].number:
+        status = take_report(status, report, now)
+    return absorb_reports(status, observed)
 
 
 def take_result(status: FineTuneJobStatus, report: TerminationReport, now: datetime) -> FineTuneJobStatus:

@@ -2,11 +2,13 @@
 
 import asyncio
 import logging
+import time
 
 import aiohttp
 from pydantic import ValidationError
 
-from finetune_api.reports import ProgressReport
+from finetune_api.reports import Activity, ProgressReport
+from finetune_operator.core.observe import ObservedPod
 from finetune_operator.shell.metrics import POLLS
 from finetune_operator.shell.queue import WorkQueue
 from finetune_operator.shell.store import Entry, Store
@@ -14,18 +16,20 @@ from finetune_operator.shell.store import Entry, Store
 _LOG = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 2.0
 CONCURRENCY = 16
+TICK_SECONDS = 0.25
+STARTING_INTERVAL_SECONDS = 1.0
+"""Between polls of a job that has not begun to train."""
 _SIZE_LIMIT = 64 * 1024
 
 
 class Poller:
-    """Polls every job once in each interval, spread evenly over it."""
+    """Polls every running job once in each interval; one that is starting up, more often."""
 
     def __init__(self, store: Store, queue: WorkQueue, interval_seconds: float, port: int) -> None:
         self._store = store
         self._queue = queue
         self._interval = interval_seconds
         self._port = port
-        self._slots = asyncio.Semaphore(CONCURRENCY)
 
     async def run(self) -> None:
         """Polls until it is cancelled."""
@@ -34,19 +38,18 @@ class Poller:
         connector = aiohttp.TCPConnector(limit=CONCURRENCY, force_close=True)
         async with aiohttp.ClientSession(timeout=timeout, trust_env=False, connector=connector) as session:
             while True:
-                targets = [(entry, pod.ip) for entry in self._store if (pod := entry.rank0()) is not None]
-                if not targets:
-                    await asyncio.sleep(self._interval)
-                    continue
-                pause = self._interval / len(targets)
-                async with asyncio.TaskGroup() as group:
-                    for entry, ip in targets:
-                        await self._slots.acquire()
-                        group.create_task(self._poll(session, entry, ip))
-                        await asyncio.sleep(pause)
+                now = time.monotonic()
+                due = [
+                    (entry, pod) for entry in self._store if entry.poll_at <= now and (pod := entry.rank0()) is not None
+                ]
+                for start in range(0, len(due), CONCURRENCY):
+                    async with asyncio.TaskGroup() as group:
+                        for entry, pod in due[start : start + CONCURRENCY]:
+                            group.create_task(self._poll(session, entry, pod))
+                await asyncio.sleep(TICK_SECONDS)
 
-    async def _poll(self, session: aiohttp.ClientSession, entry: Entry, ip: str) -> None:
-        host = f"[{ip}]" if ":" in ip else ip
+    async def _poll(self, session: aiohttp.ClientSession, entry: Entry, pod: ObservedPod) -> None:
+        host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         try:
             async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response:
                 response.raise_for_status()
@@ -54,7 +57,7 @@ class Poller:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             # Usual while the trainer starts and ends.
             POLLS.labels("unreachable").inc()
-            _LOG.debug("%s/%s: no progress from %s: %s", entry.namespace, entry.name, ip, error)
+            _LOG.debug("%s/%s: no progress from %s: %s", entry.namespace, entry.name, pod.ip, error)
         except ValidationError as error:
             POLLS.labels("unreadable").inc()
             _LOG.warning("%s/%s: unreadable progress: %s", entry.namespace, entry.name, error)
@@ -63,5 +66,8 @@ class Poller:
             if report != entry.progress:
                 entry.progress = report
                 self._queue.add(entry.uid)
-        finally:
-            self._slots.release()
+        known = entry.progress
+        starting = known is None or known.attempt != pod.attempt or known.activity is Activity.LOADING
+        entry.poll_at = time.monotonic() + (
+            min(STARTING_INTERVAL_SECONDS, self._interval) if starting else self._interval
+        )

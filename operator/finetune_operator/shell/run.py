@@ -7,6 +7,8 @@ import time
 from collections import Counter
 from types import FrameType
 
+from kubernetes.aio.client.configuration import Configuration
+
 from finetune_api.status import State
 from finetune_operator.config import OperatorConfig
 from finetune_operator.shell import metrics
@@ -20,6 +22,10 @@ from finetune_operator.shell.store import UNKNOWN_STATE, Store
 from finetune_operator.shell.sync import Synchronizer
 
 _LOG = logging.getLogger(__name__)
+WATCHES_UP_SECONDS = 3.0
+"""After so long kopf's watches have begun."""
+EXIT_SECONDS = 2.0
+"""What kopf gets to end its tasks."""
 
 
 def run(config: OperatorConfig) -> int:
@@ -46,31 +52,46 @@ def run(config: OperatorConfig) -> int:
 
 async def _lead(config: OperatorConfig, store: Store, side: Side) -> None:
     started = time.monotonic()
+    stop = asyncio.Event()
+    _handle_signals(stop)
     configuration = await load_configuration(config.kubeconfig)
     api, queue = Api(configuration), WorkQueue()
     controller = Controller(api, store, queue, EventRecorder(api, config.identity), config.plan)
     synchronizer = Synchronizer(api, store, queue, config.namespaces)
-    # Tasks that are there before kopf starts are not cancelled by it: they end after it, in order.
     tasks: list[asyncio.Task[None]] = []
+    watching: asyncio.Task[None] | None = None
     try:
         await synchronizer.sync()
         side.synced = True
         metrics.SYNCED.set(1)
         tasks += [asyncio.create_task(controller.work()) for _ in range(config.workers)]
         await _first_pass(queue, store, started)
-        tasks.append(asyncio.create_task(synchronizer.run()))
         poller = Poller(store, queue, config.poll_interval_seconds, config.plan.http_port)
-        tasks.append(asyncio.create_task(poller.run()))
-        await _watch(config, configuration, store, queue, synchronizer, tasks)
+        tasks += [asyncio.create_task(synchronizer.run()), asyncio.create_task(poller.run())]
+        watching = asyncio.create_task(_watch(config, configuration, store, queue, synchronizer, stop))
+        stopping = asyncio.create_task(stop.wait())
+        done, _ = await asyncio.wait({watching, stopping, *tasks}, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
     finally:
+        # In this order: nothing is written any more, then another replica may lead, then kopf may take its time to end.
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        side.stop()
+        if watching is not None:
+            watching.cancel()
+            await asyncio.wait({watching}, timeout=EXIT_SECONDS)
         await api.close()
 
 
+def _handle_signals(stop: asyncio.Event) -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop.set)
+
+
 async def _first_pass(queue: WorkQueue, store: Store, started: float) -> None:
-    """Every job is looked at once; watches start meanwhile is not needed: nothing is missed, since they list anew."""
+    """Every job is looked at once. The watches, which begin with lists of their own, start after it."""
     while not queue.idle:
         await asyncio.sleep(0.01)
     seconds = time.monotonic() - started
@@ -80,33 +101,31 @@ async def _first_pass(queue: WorkQueue, store: Store, started: float) -> None:
 
 async def _watch(
     config: OperatorConfig,
-    configuration: object,
+    configuration: Configuration,
     store: Store,
     queue: WorkQueue,
     synchronizer: Synchronizer,
-    tasks: list[asyncio.Task[None]],
+    stop: asyncio.Event,
 ) -> None:
-    """Runs kopf until a signal, or until one of our own tasks ends, which none should."""
+    """Runs kopf until it is cancelled."""
     # Imported here: it takes most of the start-up time, and the first pass needs none of it.
     import kopf
 
     from finetune_operator.shell.watch import build_registry, build_settings
 
-    watching = asyncio.create_task(
-        kopf.operator(
-            registry=build_registry(configuration, store, queue, synchronizer),
-            settings=build_settings(),
-            standalone=True,
-            clusterwide=not config.namespaces,
-            namespaces=config.namespaces,
-        )
+    # What vanished between our first list and kopf's left no event: list again once kopf watches.
+    asyncio.get_running_loop().call_later(WATCHES_UP_SECONDS, synchronizer.watch_restarted)
+    ours = asyncio.all_tasks()
+    root_tasks = await kopf.spawn_tasks(
+        registry=build_registry(configuration, store, queue, synchronizer),
+        settings=build_settings(),
+        standalone=True,
+        clusterwide=not config.namespaces,
+        namespaces=config.namespaces,
     )
-    done, _ = await asyncio.wait({watching, *tasks}, return_when=asyncio.FIRST_COMPLETED)
-    if watching not in done:
-        watching.cancel()
-        await asyncio.gather(watching, return_exceptions=True)
-    for task in done:
-        task.result()
+    # kopf has taken the signals for itself; but our own tasks have to end before its do.
+    _handle_signals(stop)
+    await kopf.run_tasks(root_tasks, ignored=ours)
 
 
 def _refresh_gauges(store: Store) -> None:

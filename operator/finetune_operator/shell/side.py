@@ -20,6 +20,7 @@ from finetune_operator.shell.metrics import IS_LEADER
 
 _LOG = logging.getLogger(__name__)
 EXIT_LEASE_LOST = 1
+STOP_SECONDS = 5.0
 
 
 class Side:
@@ -59,7 +60,7 @@ class Side:
         """Releases the Lease and closes the endpoints."""
         if self._loop is not None and self._stop is not None and self._thread.is_alive():
             self._loop.call_soon_threadsafe(self._stop.set)
-            self._thread.join(timeout=5)
+            self._thread.join(timeout=STOP_SECONDS)
 
     def _main(self) -> None:
         try:

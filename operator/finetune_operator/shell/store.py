@@ -42,6 +42,8 @@ class Entry:
     jobs: dict[str, ObservedJob] = field(default_factory=dict)
     pods: dict[str, ObservedPod] = field(default_factory=dict)
     progress: ProgressReport | None = None
+    poll_at: float = 0.0
+    """When to ask for progress next, on the monotonic clock."""
     gone: set[str] = field(default_factory=set)
     """Uids of children that this operator deleted and whose last event has not come yet."""
 

@@ -7,6 +7,7 @@ from kubernetes.aio.client.configuration import Configuration
 
 from finetune_api.job import GROUP, LABEL_JOB_UID, PLURAL, VERSION
 from finetune_operator.shell.queue import WorkQueue
+from finetune_operator.shell.storage import NoDiffBase, NoProgress
 from finetune_operator.shell.store import Store
 from finetune_operator.shell.sync import Synchronizer
 
@@ -15,10 +16,10 @@ def build_settings() -> kopf.OperatorSettings:
     """kopf's settings, each set on purpose."""
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
-    # Never written, since no handler needs them; named so that nobody meets a stranger's finalizer or annotations.
+    # Never written, since no handler needs it; named so that nobody meets a stranger's finalizer.
     settings.persistence.finalizer = f"{GROUP}/kopf"
-    settings.persistence.progress_storage = kopf.AnnotationsProgressStorage(prefix=GROUP)
-    settings.persistence.diffbase_storage = kopf.AnnotationsDiffBaseStorage(prefix=GROUP)
+    settings.persistence.progress_storage = NoProgress()
+    settings.persistence.diffbase_storage = NoDiffBase()
     settings.watching.chunk_size = 500
     settings.watching.label_selectors["batch", "v1", "jobs"] = LABEL_JOB_UID
     settings.watching.label_selectors["", "v1", "pods"] = LABEL_JOB_UID

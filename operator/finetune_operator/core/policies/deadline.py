@@ -4,9 +4,10 @@ from datetime import datetime, timedelta
 
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.status import ConditionType
-from finetune_operator.core.attempts import absorb_reports, closed
+from finetune_operator.core.attempts import closed
 from finetune_operator.core.failures import Cause
 from finetune_operator.core.lifecycle import finish
+from finetune_operator.core.progress import take_all
 from finetune_operator.core.situation import Delete, Event, Kind, Plan, Situation
 
 
@@ -23,9 +24,9 @@ def deadline(s: Situation) -> Plan | None:
         return None
     reason = Reason.DEADLINE_EXCEEDED
     text = f"The job was active for {s.job.spec.active_deadline_seconds} s, its limit."
-    status = absorb_reports(s.status, s.observed)
+    status = s.status
     if s.attempt is not None:
-        status = closed(status, Cause(reason, text), s.now)
+        status = closed(take_all(status, s.observed, s.now), Cause(reason, text), s.now)
     message = f"{text} {FAILURES[reason].hint}"
     status = finish(s.with_status(status), ConditionType.FAILED, reason, message)
     deletes = tuple(Delete(Kind.JOB, c.name, c.uid) for c in s.observed.jobs if not c.deleting)

@@ -2,11 +2,11 @@
 
 from finetune_api.reasons import FAILURES, Reason, Recovery
 from finetune_api.status import ConditionType
-from finetune_operator.core.attempts import absorb_reports, closed
+from finetune_operator.core.attempts import closed
 from finetune_operator.core.failures import Cause, first_cause
 from finetune_operator.core.lifecycle import finish
 from finetune_operator.core.policies.start import start
-from finetune_operator.core.progress import take_report
+from finetune_operator.core.progress import take_all
 from finetune_operator.core.situation import Event, Plan, Situation
 from finetune_operator.core.view import sentence
 
@@ -19,10 +19,7 @@ def failed(s: Situation) -> Plan | None:
     cause = first_cause(s.gang, s.child, s.num_nodes)
     if cause is None:
         return None
-    report, status = s.observed.progress, s.status
-    if report is not None and report.attempt == attempt.number:
-        status = take_report(status, report, s.now)
-    status = closed(absorb_reports(status, s.observed), cause, s.now)
+    status = closed(take_all(s.status, s.observed, s.now), cause, s.now)
     s = s.with_status(status)
     counted, limit = status.counted_restarts or 0, s.job.spec.recovery.backoff_limit
     if cause.recovery is Recovery.FAIL:
