@@ -1,0 +1,95 @@
+"""Defaults, paths and mounts."""
+
+from typing import Any
+
+import pytest
+
+from finetune_operator.core.resolve import resolve, threads_per_process
+from finetune_operator.core.volumes import local_path, sibling
+from tests.unit.operator.samples import CONFIG, make_job
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("pvc://claim/a/b", "/mnt/pvc/claim/a/b"),
+        ("pvc://claim", "/mnt/pvc/claim"),
+        ("pvc://claim/a/", "/mnt/pvc/claim/a"),
+        ("file:///a/b", "/a/b"),
+    ],
+)
+def test_local_path(uri: str, path: str) -> None:
+    assert local_path(uri) == path
+
+
+@pytest.mark.parametrize(
+    ("uri", "beside"),
+    [
+        ("pvc://claim/out/tune", "pvc://claim/out/checkpoints"),
+        ("pvc://claim/out", "pvc://claim/checkpoints"),
+        ("pvc://claim", "pvc://claim/checkpoints"),
+        ("file:///runs/out/", "file:///runs/checkpoints"),
+        ("file:///out", "file:///checkpoints"),
+    ],
+)
+def test_checkpoints_are_beside_the_output(uri: str, beside: str) -> None:
+    assert sibling(uri, "checkpoints") == beside
+
+
+@pytest.mark.parametrize(
+    ("trainer", "threads"),
+    [
+        ({}, 1),
+        ({"resourcesPerNode": {"limits": {"cpu": "4"}}}, 4),
+        ({"resourcesPerNode": {"limits": {"cpu": "9500m"}}, "numProcPerNode": 4}, 2),
+        ({"resourcesPerNode": {"requests": {"cpu": 3}}}, 3),
+        ({"resourcesPerNode": {"requests": {"cpu": "8"}, "limits": {"cpu": "2"}}}, 2),
+        ({"resourcesPerNode": {"limits": {"cpu": "500m"}}}, 1),
+    ],
+    ids=["none", "limit", "shared", "request", "limit-wins", "at-least-one"],
+)
+def test_threads(trainer: dict[str, Any], threads: int) -> None:
+    assert threads_per_process(make_job(trainer=trainer, training={"globalBatchSize": 8}).spec) == threads
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "value"),
+    [
+        ({}, "learning_rate", 2e-4),
+        ({"method": "Full"}, "learning_rate", 2e-5),
+        ({"training": {"learningRate": "1e-3"}}, "learning_rate", 1e-3),
+        ({}, "epochs", 1),
+        ({"training": {"maxSteps": 5}}, "epochs", None),
+        ({"training": {"globalBatchSize": 16}, "trainer": {"numNodes": 2}}, "gradient_accumulation_steps", 8),
+    ],
+)
+def test_training_defaults(spec: dict[str, Any], field: str, value: object) -> None:
+    assert getattr(resolve(make_job(**spec), 1, CONFIG).launch.training, field) == value
+
+
+def test_alpha_is_twice_the_rank_and_full_has_no_adapter() -> None:
+    lora = resolve(make_job(adapter={"rank": 8}), 1, CONFIG).launch.adapter
+    assert lora is not None
+    assert lora.alpha == 16
+    assert resolve(make_job(method="Full"), 1, CONFIG).launch.adapter is None
+
+
+def test_a_claim_is_mounted_once_and_writable_if_anything_writes_to_it() -> None:
+    job = make_job(datasets={"train": [{"uri": "pvc://raw/a"}, {"uri": "pvc://raw/b"}]})
+    claims = {c.claim: c.read_only for c in resolve(job, 1, CONFIG).mounts.claims}
+    assert claims == {"data": False, "raw": True}
+
+
+def test_the_commit_of_the_first_start_is_kept() -> None:
+    job = make_job(model={"uri": "hf://org/name", "revision": "main"})
+    plan = resolve(job, 1, CONFIG).plan.model_copy(update={"model_revision": "abc123"})
+    job = job.model_copy(update={"status": job.status.model_copy(update={"plan": plan})})
+    source = resolve(job, 2, CONFIG).launch.model.source
+    assert getattr(source, "revision", None) == "abc123"
+
+
+def test_the_image_of_the_first_attempt_is_kept() -> None:
+    job = make_job()
+    plan = resolve(job, 1, CONFIG).plan.model_copy(update={"image": "registry/trainer:0"})
+    job = job.model_copy(update={"status": job.status.model_copy(update={"plan": plan})})
+    assert resolve(job, 2, CONFIG).plan.image == "registry/trainer:0"
