@@ -96,8 +96,14 @@ class _JobSource:
             pods = self._core.list_namespaced_pod(self.namespace, label_selector=selector).items
             if not pods:
                 return None
+            # By number: the API server's proxy fails on a port's name (Kubernetes 1.37.2 panics).
+            port = pods[0].spec.containers[0].ports[0].container_port
             answer = self._core.connect_get_namespaced_pod_proxy_with_path(
-                f"{pods[0].metadata.name}:http", self.namespace, "progress", _preload_content=False, _request_timeout=2
+                f"{pods[0].metadata.name}:{port}",
+                self.namespace,
+                "progress",
+                _preload_content=False,
+                _request_timeout=2,
             )
             return ProgressReport.model_validate(json.loads(answer.data))
         except (ApiException, HTTPError, ValueError):

@@ -68,7 +68,7 @@ class Job:
             return 0
         try:
             path = (
-                f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pods[-1]['metadata']['name']}:http/proxy/progress"
+                f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pods[-1]['metadata']['name']}:8080/proxy/progress"
             )
             return int(json.loads(self.kubectl("get", "--raw", path))["step"])
         except (AssertionError, KeyError, ValueError):

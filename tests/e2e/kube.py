@@ -23,7 +23,7 @@ class Kubectl:
     kubeconfig: str
     namespace: str
 
-    def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 120) -> str:
+    def __call__(self, *arguments: str, stdin: str | None = None, timeout: float = 300) -> str:
         """Runs `kubectl ARGUMENTS` and returns what it printed.
 
         Raises:

@@ -116,7 +116,7 @@ def _holder(cluster: Cluster) -> str | None:
 def _children_applied(cluster: Cluster, pod: str) -> float:
     """How many API requests that write a replica has made, from its own metrics."""
     metrics = cluster.kubectl(
-        "get", "--raw", f"/api/v1/namespaces/{cluster.kubectl.namespace}/pods/{pod}:http/proxy/metrics"
+        "get", "--raw", f"/api/v1/namespaces/{cluster.kubectl.namespace}/pods/{pod}:8080/proxy/metrics"
     )
     lines = [line for line in metrics.splitlines() if line.startswith("finetune_operator_api_requests_total")]
     return sum(float(line.rsplit(" ", 1)[1]) for line in lines if 'resource="jobs"' in line and "patch" in line.lower())

@@ -11,17 +11,19 @@ TOOLBOX = volume.POD
 """A pod with the trainer's image that mounts the volume at /mnt."""
 
 _CUT = """
-import pathlib, sys, torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+import pathlib, sys
 source, target = sys.argv[1:]
-if not pathlib.Path(target, "model.safetensors").exists():
-    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
-    model.model.layers = model.model.layers[:2]
-    model.config.num_hidden_layers = 2
-    if getattr(model.config, "layer_types", None):
-        model.config.layer_types = model.config.layer_types[:2]
-    model.save_pretrained(target)
-    AutoTokenizer.from_pretrained(source).save_pretrained(target)
+if pathlib.Path(target, "tokenizer.json").exists():
+    sys.exit()
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+model.model.layers = model.model.layers[:2]
+model.config.num_hidden_layers = 2
+if getattr(model.config, "layer_types", None):
+    model.config.layer_types = model.config.layer_types[:2]
+model.save_pretrained(target)
+AutoTokenizer.from_pretrained(source).save_pretrained(target)
 """
 
 
