@@ -122,6 +122,9 @@ def main() -> None:
     from finetune_trainer.logs import setup_logging
 
     setup_logging(None)
+    from finetune_trainer.quirks import tame_deepspeed
+
+    tame_deepspeed()
     import deepspeed.ops.adam
     import fastapi
     import peft

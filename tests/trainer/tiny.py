@@ -9,7 +9,7 @@ CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-WORDS = "the a red blue small large cat dog house tree runs sleeps sings and or not why because of in on".split()
+WORDS = tuple("the a red blue small large cat dog house tree runs sleeps sings and or not why because of in on".split())  # noqa: SIM905
 
 
 def make_tokenizer(template: str | None = CHATML) -> Any:

@@ -85,7 +85,9 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     import torch
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     keep_alive = None
     if spec.deepspeed.zero_stage == 3:
         from transformers.integrations import HfDeepSpeedConfig

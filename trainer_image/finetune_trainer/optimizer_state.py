@@ -59,6 +59,8 @@ def restore(engine: Any, tensors: dict[str, torch.Tensor]) -> None:
             moments["step"] = _step(engine, float(step), master)
         if moments:
             state[master] = moments
+    if tensors and not isinstance(base_optimizer(engine), torch.optim.AdamW):
+        _replay_cpu_adam(base_optimizer(engine), int(tensors.get("0.step", torch.zeros(1))))
     _refresh(engine)
 
 
@@ -67,6 +69,21 @@ def _step(engine: Any, value: float, master: torch.Tensor) -> Any:
     if isinstance(base_optimizer(engine), torch.optim.AdamW):
         return torch.tensor(value, dtype=torch.float32, device=master.device)
     return int(value)
+
+
+def _replay_cpu_adam(optimizer: Any, steps: int) -> None:
+    """Brings DeepSpeed's CPU Adam to where it was.
+
+    It keeps the powers of its betas inside, multiplied up step by step in float32. Asked for step n at once it computes them with
+    `pow`, which differs in the last bit, and the weights with it. So the steps are gone through again on one dummy number.
+    """
+    dummy = [torch.zeros(1) for _ in range(4)]
+    group = optimizer.param_groups[0]
+    beta1, beta2 = group["betas"]
+    for step in range(1, steps + 1):
+        optimizer.ds_opt_adam.adam_update(
+            optimizer.opt_id, step, 0.0, beta1, beta2, group["eps"], 0.0, group["bias_correction"], *dummy
+        )
 
 
 def _refresh(engine: Any) -> None:

@@ -84,8 +84,8 @@ def _json(file: Path) -> Iterator[Record]:
 
 
 def _parquet(file: Path) -> Iterator[Record]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
     try:
         table = pq.ParquetFile(file)

@@ -55,7 +55,7 @@ class TokenStore:
         """SHA-256 of everything: the data's identity, whatever files it came from."""
         sha = hashlib.sha256()
         for array in (self.ids, self.targets, self.offsets):
-            sha.update(memoryview(np.ascontiguousarray(array)).cast("B"))
+            sha.update(np.ascontiguousarray(array).view(np.uint8).data)
         return sha.hexdigest()
 
     def save(self, folder: Path) -> None:

@@ -28,7 +28,8 @@ class Encoder:
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens]:
         """Tokens of many samples at once (the tokenizer works on them in parallel)."""
-        texts, ranges = [], []
+        texts: list[str] = []
+        ranges: list[list[tuple[int, int]] | None] = []
         for sample in samples:
             if sample.messages is None:
                 texts.append(sample.text or "")
@@ -40,13 +41,13 @@ class Encoder:
         chats = self._tokenize([t for t, r in zip(texts, ranges, strict=True) if r is not None], special=False)
         plain = self._tokenize([t for t, r in zip(texts, ranges, strict=True) if r is None], special=True)
         result = []
-        for spans in ranges:
-            if spans is None:
+        for kept in ranges:
+            if kept is None:
                 ids, _ = next(plain)
                 result.append(self._text(ids))
             else:
                 ids, offsets = next(chats)
-                result.append(Tokens(ids, [_inside(start, end, spans) for start, end in offsets]))
+                result.append(Tokens(ids, [_inside(start, end, kept) for start, end in offsets]))
         return result
 
     def _text(self, ids: list[int]) -> Tokens:

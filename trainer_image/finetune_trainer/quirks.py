@@ -1,0 +1,48 @@
+"""What DeepSpeed 0.19.8 does at its start that a trainer does not want. Each is undone here, with its reason and its cost.
+
+Nothing here changes a number that is computed.
+"""
+
+from typing import Any
+from unittest import mock
+
+import torch
+
+
+def tame_deepspeed() -> None:
+    """Imports DeepSpeed without its costs; to be called before anything else imports it."""
+    _muon_without_inductor()
+    _no_shared_memory_collectives()
+    _no_memory_reports()
+
+
+def _muon_without_inductor() -> None:
+    """The engine imports its Muon optimizer to compare types, and that module decorates functions with `torch.compile`.
+
+    This loads torch's inductor: 6 s of CPU time, more than all other imports together. The functions are never called here.
+    """
+
+    def plain(function: Any = None, **_options: Any) -> Any:
+        return function if function is not None else plain
+
+    with mock.patch.object(torch, "compile", plain):
+        import deepspeed.runtime.zero.muon.original_muon
+
+    assert deepspeed
+
+
+def _no_shared_memory_collectives() -> None:
+    """On CPU a collective for inference maps 69 MB of /dev/shm a rank, which nothing here uses.
+
+    A container has 64 MB of it by default (the process would end with SIGBUS), and a killed rank leaves it behind.
+    """
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
+
+def _no_memory_reports() -> None:
+    """The bf16 optimizer prints memory figures unasked, with a garbage collection of half a second before each."""
+    import deepspeed.runtime.bf16_optimizer
+
+    deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
