@@ -11,7 +11,7 @@ demo: ## Cluster, operator and a fine-tuned model, from nothing (about 30 min; a
 	@exec $(PYTHON) -m demo
 
 .PHONY: test
-test: ## All tests, with what they need (from nothing under 60 min on 2 cores, warm under 20); TESTS="..." goes to pytest
+test: ## All tests, with what they need; TESTS=... is for pytest
 	@exec $(PYTHON) -m demo test $(TESTS)
 
 .PHONY: lint
@@ -37,5 +37,5 @@ generate: ## Write the CRD and the reference docs from the models in operator/fi
 		PYTHONPATH=operator $$python -m finetune_api.reference
 
 .PHONY: down
-down: ## Remove the cluster and all that runs in it; caches stay (make down PURGE=1: go as well)
-	@exec $(PYTHON) -m cluster down $(if $(PURGE),--purge)
+down: ## Remove all that the others started; caches stay (PURGE=1: go as well)
+	@exec $(PYTHON) -m demo down $(if $(PURGE),--purge)

@@ -1,4 +1,4 @@
-"""`python3 -m demo`, `python3 -m demo test` and `python3 -m demo lint`: checks the machine, then hands over.
+"""`python3 -m demo [demo | test | lint | down]`: checks the machine, then hands over.
 
 Standard library only, since it runs before anything is installed.
 """
@@ -6,18 +6,23 @@ Standard library only, since it runs before anything is installed.
 import os
 import sys
 
-from demo import checks, commands, environment, preflight
+from demo import checks, commands, environment, preflight, teardown
 
 
 def main() -> int:
     """Runs the demo, the tests or the linters, and returns the exit status."""
     what, *arguments = sys.argv[1:] or ["demo"]
-    if what not in ("demo", "test", "lint"):
-        print(f"usage: python3 -m demo [demo | test [PYTEST_OPTION...] | lint], got `{what}`", file=sys.stderr)
+    if what not in ("demo", "test", "lint", "down"):
+        print(
+            f"usage: python3 -m demo [demo | test [PYTEST_OPTION...] | lint | down [--purge]], got `{what}`",
+            file=sys.stderr,
+        )
         return 2
     commands.end_with_parent()
     if what == "lint":
         return checks.lint_only()
+    if what == "down":
+        return teardown.down(arguments)
     problems = preflight.problems()
     if problems:
         print(f"make {what} cannot run here yet:\n", file=sys.stderr)

@@ -5,7 +5,6 @@ images are prepared.
 """
 
 import os
-import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
@@ -135,15 +134,13 @@ def _pytest(outcome: Outcome, name: str, options: Sequence[str], log: Path | Non
     report = LOGS / f"{name}.xml"
     report.unlink(missing_ok=True)
     outcome.reports.append(report)
-    command = commands.wrapped([PYTHON, "-m", "pytest", f"--junitxml={report}", *options])
+    command: list[str | Path] = [PYTHON, "-m", "pytest", f"--junitxml={report}", *options]
     environment_ = {**os.environ, "PYTHONPATH": str(ROOT)}
     if log is None:
-        status = subprocess.run(command, cwd=ROOT, env=environment_, check=False).returncode
+        status = commands.status(command, None, environment_)
     else:
         with log.open("w") as output:
-            status = subprocess.run(
-                command, cwd=ROOT, env=environment_, stdout=output, stderr=output, check=False
-            ).returncode
+            status = commands.status(command, output, environment_)
     if status not in (0, NO_TESTS):
         outcome.failed.append(f"{name} tests")
         if log is not None:

@@ -5,10 +5,11 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -35,7 +36,12 @@ def end_with_parent() -> None:
 
     A `make test` that was killed leaves nothing behind that would be in the way of the next one.
     """
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    def end(*_: object) -> None:
+        end_all(patience_seconds=0)
+        os._exit(143)
+
+    signal.signal(signal.SIGTERM, end)
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
@@ -64,44 +70,53 @@ def run(
     with log.open("a") as errors:
         errors.write(f"$ {' '.join(words)}\n")
         errors.flush()
-        process = subprocess.Popen(
-            wrapped(words),
-            cwd=ROOT,
-            stdin=subprocess.PIPE if stdin is not None else subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            start_new_session=True,
-        )
-        with _lock:
-            _running.add(process)
-        try:
-            output, _ = process.communicate(stdin, timeout)
-        except subprocess.TimeoutExpired:
-            _end(process)
-            raise CommandError(f"`{' '.join(words[:4])} ...` took longer than {timeout:.0f} s", hint) from None
-        finally:
-            with _lock:
-                _running.discard(process)
+        pipe = subprocess.PIPE if stdin is not None else subprocess.DEVNULL
+        with _started(words, stdin=pipe, stdout=subprocess.PIPE, stderr=errors, start_new_session=True) as process:
+            try:
+                output, _ = process.communicate(stdin, timeout)
+            except subprocess.TimeoutExpired:
+                _end(process, 10)
+                raise CommandError(f"`{' '.join(words[:4])} ...` took longer than {timeout:.0f} s", hint) from None
         errors.write(output)
     if process.returncode:
         raise CommandError(f"`{' '.join(words[:4])} ...` failed with status {process.returncode}", hint)
     return output
 
 
-def end_all() -> None:
+def status(command: Sequence[str | Path], output: IO[str] | None, environment: Mapping[str, str]) -> int:
+    """Runs a program, shown as it goes or with both outputs in a file, and returns its exit status."""
+    with _started([str(word) for word in command], stdout=output, stderr=output, env=environment) as process:
+        return process.wait()
+
+
+@contextmanager
+def _started(words: Sequence[str], **options: Any) -> Iterator[subprocess.Popen[str]]:
+    process = subprocess.Popen(wrapped(words), cwd=ROOT, text=True, **options)
+    with _lock:
+        _running.add(process)
+    try:
+        yield process
+    finally:
+        with _lock:
+            _running.discard(process)
+
+
+def end_all(patience_seconds: float = 10) -> None:
     """Ends every program that still runs, with its children."""
     _stopped.set()
-    with _lock:
-        processes = list(_running)
-    for process in processes:
-        _end(process)
+    # No lock: a signal's handler may have interrupted its holder.
+    for process in tuple(_running):
+        _end(process, patience_seconds)
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _end(process: subprocess.Popen[str], patience_seconds: float) -> None:
     try:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(10)
+        # Those with a process group of their own take their children along.
+        if os.getpgid(process.pid) == process.pid:
+            os.killpg(process.pid, signal.SIGTERM)
+        else:
+            process.terminate()
+        process.wait(patience_seconds)
     except (ProcessLookupError, subprocess.TimeoutExpired):
         pass
 
