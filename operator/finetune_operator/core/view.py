@@ -1,11 +1,13 @@
 """How an attempt is, in words for people: state, reason and a message that says what is going on and what to do."""
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.reports import Activity
 from finetune_api.status import ConditionType, FineTuneJobStatus, ProgressStatus, State
 from finetune_operator.core.conditions import is_true
+from finetune_operator.core.names import attempt_name
 from finetune_operator.core.observe import ObservedPod
 from finetune_operator.core.situation import Situation
 
@@ -20,6 +22,7 @@ _PULL_PROBLEMS = {
 _CONTAINER_PROBLEMS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 _UNSCHEDULABLE_HINT = "Lower trainer.resourcesPerNode or numNodes, change trainer.nodeSelector, or add nodes."
 _CONTAINER_HINT = "Check the Secrets and claims that the job names; kubectl describe pod tells more."
+_PODS_HINT = "Often a ResourceQuota, a LimitRange or Pod Security forbids them."
 _BUSY = {
     Activity.TRAINING: "Training",
     Activity.EVALUATING: "Evaluating on held-out data",
@@ -72,12 +75,27 @@ def _pods(s: Situation, gang: tuple[ObservedPod, ...]) -> View:
             return View(State.PENDING, "Unschedulable", f"{sentence(text)} {_UNSCHEDULABLE_HINT}", problem=True)
     placed = {pod.index for pod in gang if pod.scheduled}
     up = {pod.index for pod in gang if pod.running or pod.succeeded}
+    if pods_are_late(s, gang):
+        name = attempt_name(s.job.metadata.name, s.status.attempts[-1].number)
+        text = f"Kubernetes has not created all of {_count(s.num_nodes)}: kubectl describe job {name} says why."
+        return View(State.PENDING, "PodsNotCreated", f"{text} {_PODS_HINT}", problem=True)
     if len(placed) < s.num_nodes:
         return View(State.PENDING, "Scheduling", f"Waiting for {_count(s.num_nodes)} to be placed on nodes.")
     if len(up) < s.num_nodes:
         nodes = ", ".join(sorted({pod.node for pod in gang}))
         return View(State.STARTING, "ContainersStarting", f"Starting {_count(s.num_nodes)} on {nodes}.")
     return _activity(s, gang)
+
+
+def pods_are_late(s: Situation, gang: tuple[ObservedPod, ...]) -> bool:
+    """Whether pods are missing that should have been there for a while. Nothing else tells: the reason is in events only."""
+    missing = len({pod.index for pod in gang}) < s.num_nodes
+    return missing and seconds_until_late(s) <= 0
+
+
+def seconds_until_late(s: Situation) -> float:
+    """Until missing pods are called late."""
+    return s.seconds_until(s.status.attempts[-1].start_time + timedelta(seconds=s.config.pods_late_seconds))
 
 
 def _count(num_nodes: int) -> str:

@@ -74,6 +74,18 @@ def test_what_keeps_a_gang_from_running(fields: dict[str, Any], state: State, re
     assert (running.status, running.reason) == ("False", reason)
 
 
+def test_pods_that_kubernetes_does_not_create_are_spoken_of() -> None:
+    world = World(make_job(trainer={"numNodes": 2}))
+    assert world.step().requeue_after == CONFIG.pods_late_seconds
+    world.pods = [pod()]
+    world.step(CONFIG.pods_late_seconds)
+    assert words(world) == (State.PENDING, "PodsNotCreated")
+    assert "kubectl describe job tune-1" in (world.job.status.message or "")
+    world.pods = [pod(), pod(index=1)]
+    world.step(1)
+    assert words(world) == (State.STARTING, "Loading")
+
+
 def test_back_off_does_not_change_the_words_of_a_failed_pull() -> None:
     world = World(make_job())
     world.step()
@@ -182,11 +194,11 @@ def test_attempts_without_progress_are_started_at_growing_distances() -> None:
         attempt = world.job.status.attempts[-1].number
         world.set_pod(ended(attempt, code=1))
         decision = world.step()
-        waits.append(decision.requeue_after or 0)
-        if decision.requeue_after:
+        begun = any(isinstance(action, Apply) for action in decision.actions)
+        waits.append(0 if begun else decision.requeue_after)
+        if not begun:
             assert words(world) == (State.RESTARTING, "PodFailed")
-            assert not any(isinstance(action, Apply) for action in decision.actions)
-            world.step(decision.requeue_after)
+            world.step(decision.requeue_after or 0)
         assert world.job.status.attempts[-1].number == attempt + 1
     assert waits == [0, 10, 20, 40, 80, 160, 300]
 
@@ -245,9 +257,9 @@ def test_the_deadline_counts_active_time_only() -> None:
     world.pods = []
     world.step(1000)
     world.change_spec(suspend=False)
-    decision = world.step(1)
-    assert decision.requeue_after == 100
+    world.step(1)
     world.run_gang(2)
+    assert world.step(0).requeue_after == 100
     world.step(99)
     assert world.job.status.state is State.STARTING
     decision = world.step(1)

@@ -8,7 +8,7 @@ from finetune_operator.core.observe import ObservedPod
 from finetune_operator.core.policies.deadline import deadline_time
 from finetune_operator.core.progress import is_due, take_report
 from finetune_operator.core.situation import Delete, Kind, Plan, Situation
-from finetune_operator.core.view import view_gang
+from finetune_operator.core.view import pods_are_late, seconds_until_late, view_gang
 
 _LIMIT = 2048
 
@@ -38,4 +38,7 @@ def describe(s: Situation, gang: tuple[ObservedPod, ...]) -> Plan:
         status = put(status, s.job, s.now, ConditionType.RUNNING, False, view.reason, view.message, always=True)
     status = status.model_copy(update={"state": view.state, "reason": view.reason, "message": view.message[:_LIMIT]})
     end = deadline_time(s)
-    return Plan(observed_generation(status, s.job), requeue_after=max(0.0, s.seconds_until(end)) if end else None)
+    waits = [s.seconds_until(end)] if end else []
+    if len({pod.index for pod in gang}) < s.num_nodes and not pods_are_late(s, gang):
+        waits.append(seconds_until_late(s))
+    return Plan(observed_generation(status, s.job), requeue_after=min(waits, default=None))
