@@ -36,7 +36,7 @@ class Cluster:
         folder = f"/mnt/{job.object['spec']['output']['uri'].removeprefix('pvc://' + CLAIM + '/')}"
         weights = self.kubectl.exec(TOOLBOX, "sh", "-c", f"cat {folder}/*.safetensors | sha256sum").split()[0]
         report = json.loads(self.kubectl.exec(TOOLBOX, "cat", f"{folder}/train_result.json"))
-        return Result(weights, *(repr(report[key]) for key in ("loss", "evalLoss", "baseEvalLoss")))
+        return Result(weights, *(repr(report[key]) for key in ("loss", "eval_loss", "base_eval_loss")))
 
     def kill_rank(self, pod: str) -> None:
         """SIGKILL to the last rank of a pod, as the kernel's OOM killer would do it."""

@@ -24,7 +24,7 @@ def one_process(cluster: Cluster) -> Job:
 
 def test_held_out_loss_falls(cluster: Cluster, one_process: Job) -> None:
     result = _report(cluster, one_process)
-    assert result["evalLoss"] < result["baseEvalLoss"] - 0.05
+    assert result["eval_loss"] < result["base_eval_loss"] - 0.05
 
 
 @pytest.mark.parametrize("stage", [2, 3], ids=["zero2", "zero3"])
@@ -40,7 +40,7 @@ def test_two_nodes_give_what_one_process_gives(cluster: Cluster, one_process: Jo
     assert len({pod["spec"]["nodeName"] for pod in job.pods()}) == 2, "pods stand on different nodes"
     job.complete(timeout=600)
     ours, theirs = _report(cluster, job), _report(cluster, one_process)
-    for key in ("baseEvalLoss", "evalLoss", "loss"):
+    for key in ("base_eval_loss", "eval_loss", "loss"):
         assert ours[key] == pytest.approx(theirs[key], rel=TOLERANCE), key
 
 
@@ -51,8 +51,8 @@ def test_adapter_loads_in_plain_transformers_and_peft(cluster: Cluster, one_proc
         "/mnt/datasets/humaneval/heldout.jsonl",
     )  # fmt: skip
     measured = json.loads(output.splitlines()[-1])
-    assert measured["tuned"] == pytest.approx(_report(cluster, one_process)["evalLoss"], rel=1e-4)
-    assert measured["base"] == pytest.approx(_report(cluster, one_process)["baseEvalLoss"], rel=1e-4)
+    assert measured["tuned"] == pytest.approx(_report(cluster, one_process)["eval_loss"], rel=1e-4)
+    assert measured["base"] == pytest.approx(_report(cluster, one_process)["base_eval_loss"], rel=1e-4)
 
 
 PLAIN = """
