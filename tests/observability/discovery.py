@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from tests.e2e.kube import Kubectl
 
-REFRESH_SECONDS = 1.0
+REFRESH_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,14 @@ def running(discoveries: list[Discovery], kubectl: Kubectl) -> Iterator[None]:
     """Keeps the files in step with the cluster."""
     done = threading.Event()
 
+    namespaces = sorted({name for discovery in discoveries for name in discovery.namespaces})
+
     def keep_in_step() -> None:
         while not done.is_set():
+            # One process for all: kubectl costs a good part of a second of CPU time.
+            found = {name: kubectl.within(name).list("pods,services,endpoints") for name in namespaces}
             for discovery in discoveries:
-                _write(discovery, kubectl)
+                _write(discovery, found)
             done.wait(REFRESH_SECONDS)
 
     thread = threading.Thread(target=keep_in_step, daemon=True)
@@ -47,17 +51,17 @@ def running(discoveries: list[Discovery], kubectl: Kubectl) -> Iterator[None]:
         thread.join(30)
 
 
-def _write(discovery: Discovery, kubectl: Kubectl) -> None:
+def _write(discovery: Discovery, found: dict[str, list[dict[str, Any]]]) -> None:
     groups: list[dict[str, Any]] = []
     for namespace in discovery.namespaces:
-        client = kubectl.within(namespace)
-        pods = {pod["metadata"]["name"]: pod for pod in client.list("pods")}
+        objects: dict[str, dict[str, dict[str, Any]]] = {"Pod": {}, "Service": {}, "Endpoints": {}}
+        for body in found[namespace]:
+            objects[body["kind"]][body["metadata"]["name"]] = body
         if discovery.role == "pod":
-            groups += [group for pod in pods.values() for group in pod_targets(pod)]
+            groups += [group for pod in objects["Pod"].values() for group in pod_targets(pod)]
         else:
-            services = {service["metadata"]["name"]: service for service in client.list("services")}
-            for endpoints in client.list("endpoints"):
-                groups += endpoints_targets(endpoints, services.get(endpoints["metadata"]["name"]), pods)
+            for name, endpoints in objects["Endpoints"].items():
+                groups += endpoints_targets(endpoints, objects["Service"].get(name), objects["Pod"])
     new = discovery.file.with_suffix(".new")
     new.write_text(json.dumps(groups))
     new.rename(discovery.file)
