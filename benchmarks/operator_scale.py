@@ -332,7 +332,9 @@ class Benchmark:
     async def delete(self) -> None:
         """All jobs go, and with them their children."""
         started = time.monotonic()
-        await self._api.request("DELETE", FINETUNEJOBS, verb="deletecollection", namespace=self._namespace)
+        await self._api.request(
+            "DELETE", FINETUNEJOBS, verb="deletecollection", namespace=self._namespace, timeout_seconds=600
+        )
         gone = await self._until_gone(FINETUNEJOBS, started)
         children = {plural: await self._until_gone((prefix, plural), started) for prefix, plural in (JOBS, PODS)}
         await asyncio.sleep(1)
@@ -379,6 +381,7 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
             for step in (bench.apply, bench.restart, bench.complete, bench.delete):
                 say(step.__name__)
                 await step()
+                say(json.dumps(bench.result[step.__name__]))
         finally:
             for watch in watches:
                 watch.cancel()
