@@ -93,15 +93,16 @@ def _next(kubectl: Kubectl, job: dict[str, Any]) -> str:
     output = job["status"]["plan"]["outputUri"]
     found = _on_this_machine(kubectl, output.removeprefix("pvc://").partition("/")[2])
     where = f"The adapter: {output}" + (f", here {found}" if found else "")
-    command = "kubectl" if shutil.which("kubectl") == kubectl.binary else kubectl.binary
+    alias = "" if shutil.which("kubectl") == kubectl.binary else f"  alias kubectl={kubectl.binary}\n"
+    metrics = f"/api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-metrics:8080/proxy/metrics"
     return (
-        f"\nNext:\n  export KUBECONFIG={kubectl.kubeconfig}\n"
-        f"  {command} config set-context --current --namespace={NAMESPACE}\n"
-        f"  {command} get finetunejobs -o wide\n"
-        f"  {command} describe finetunejob {JOB}\n"
-        f"  {command} logs -l finetune.dev/job-name={JOB}\n"
-        f"  {command} get --raw /api/v1/namespaces/{NAMESPACE}/services/{RELEASE}-metrics:http/proxy/metrics\n"
-        f"  {command} explain finetunejob.spec.training\n"
+        f"\nNext:\n  export KUBECONFIG={kubectl.kubeconfig}\n{alias}"
+        f"  kubectl config set-context --current --namespace={NAMESPACE}\n"
+        "  kubectl get finetunejobs -o wide\n"
+        f"  kubectl describe finetunejob {JOB}\n"
+        f"  kubectl logs -l finetune.dev/job-name={JOB}\n"
+        f"  kubectl get --raw {metrics}\n"
+        "  kubectl explain finetunejob.spec.training\n"
         f"\n{where}\n"
         "\nOther jobs to apply are in examples/. `make down` removes the cluster."
     )
