@@ -23,7 +23,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = None, **changes: Any) -> dict[str, Any]:
+def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = None, /, **changes: Any) -> dict[str, Any]:
     """A small LoRA job; `changes` are set by dotted path with `__` for the dot."""
     spec: dict[str, Any] = {
         "schemaVersion": 1,

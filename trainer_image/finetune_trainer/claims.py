@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.launch import JobIdentity, LaunchSpec
-from finetune_trainer.errors import ConfigError, SupersededError
+from finetune_trainer.errors import ConfigError, StorageError, SupersededError, TrainerError
 from finetune_trainer.files import write_json
 
 ATTEMPT_FILE = "attempt.json"
@@ -35,7 +35,10 @@ class AttemptClaim:
             ConfigError: it belongs to another job.
         """
         folder = Path(spec.checkpoint.dir)
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write("checkpoint.uri", folder, error) from error
         claim = cls(folder, spec.job.uid, spec.attempt)
         other = _read(folder / ATTEMPT_FILE)
         if other is not None and other["uid"] != claim.uid:
@@ -89,7 +92,14 @@ def claim_output(spec: LaunchSpec) -> None:
         elif not os.access(folder, os.W_OK):
             raise ConfigError(f"output.uri: {folder} cannot be written by the trainer (uid {os.getuid()})")
     except OSError as error:
-        raise ConfigError(f"output.uri: {folder} cannot be written: {error.strerror}") from error
+        raise _cannot_write("output.uri", folder, error) from error
+
+
+def _cannot_write(field: str, folder: Path, error: OSError) -> TrainerError:
+    """A path that cannot be is the job's mistake; anything else is the volume's."""
+    wrong_path = isinstance(error, NotADirectoryError | FileExistsError | PermissionError)
+    kind = ConfigError if wrong_path else StorageError
+    return kind(f"{field}: {folder} cannot be written by the trainer (uid {os.getuid()}): {error.strerror}")
 
 
 def output_claim(job: JobIdentity) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from finetune_api.launch import LaunchSpec
+from finetune_api.launch import LaunchSpec, PathSource
 from finetune_api.spec import Method
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
@@ -73,7 +73,7 @@ def write_output(
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     if spec.method is Method.LORA:
-        _write_adapter(engine.module, weights, temporary)
+        _write_adapter(engine.module, weights, spec, result["model_revision"], temporary)
     else:
         engine.module.save_pretrained(str(temporary), state_dict=weights, is_main_process=True)
     tokenizer.save_pretrained(str(temporary))
@@ -89,12 +89,17 @@ def write_output(
     log.info("exported to %s", final)
 
 
-def _write_adapter(model: Any, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def _write_adapter(
+    model: Any, weights: dict[str, torch.Tensor], spec: LaunchSpec, revision: str | None, folder: Path
+) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
     config = model.peft_config["default"]
     config.inference_mode = True
+    source = spec.model.source  # peft has put the local path of a hub's model here
+    config.base_model_name_or_path = source.path if isinstance(source, PathSource) else source.repo_id
+    config.revision = revision
     config.target_modules = sorted(config.target_modules)  # a set has no order
     # `save_embedding_layers="auto"` would ask the hub about the base model.
     tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)

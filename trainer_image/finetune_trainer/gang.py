@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from finetune_api.launch import LaunchSpec
+from finetune_api.launch import HubSource, LaunchSpec
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
 """There wherever the container runtime gives the container a GPU; far cheaper to ask than CUDA."""
@@ -56,9 +56,13 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
         "XDG_CACHE_HOME": str(cache),
         "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
         "PYTHONUNBUFFERED": "1",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is told in one sentence, not with a stack of C++
         "TRANSFORMERS_VERBOSITY": "error",
         "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
+    sources = [spec.model.source, *(data.source for data in (*spec.train, *spec.evaluation))]
+    if not any(isinstance(source, HubSource) for source in sources):
+        ours["HF_HUB_OFFLINE"] = "1"
     defaults = {"USER": "trainer", "LOGNAME": "trainer"}
     if not has_cuda():
         ours["DS_ACCELERATOR"] = "cpu"

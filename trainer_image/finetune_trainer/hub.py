@@ -70,6 +70,13 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     return path
 
 
+def go_offline() -> None:
+    """From here on nothing asks a hub: transformers looks for optional files of a model even when it is given a path."""
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = True
+
+
 def _download(source: HubSource, commit: str, cache_dir: Path, uri: str, field: str) -> Path:
     from huggingface_hub import snapshot_download
 

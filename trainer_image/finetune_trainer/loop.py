@@ -24,6 +24,8 @@ from finetune_trainer.step import StepResult, evaluate, train_step
 
 SPEED_SMOOTHING = 0.2
 """Weight of the newest step in the step time that the ETA is computed from."""
+LOG_INTERVAL_SECONDS = 1.0
+"""Steps that follow each other faster share a line."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -45,6 +47,7 @@ class Training:
     stop_requested: Callable[[], bool]
     device_facts: DeviceFacts
     step_seconds: float | None = None
+    logged_at: float = 0.0
 
     def run(self) -> None:
         """Trains to the last step; at its end the newest checkpoint is the final state.
@@ -116,6 +119,10 @@ class Training:
             self.journal.write(
                 progress.step, loss=result.loss, grad_norm=result.grad_norm, tokens=result.num_tokens, seconds=seconds
             )
+        now = time.monotonic()
+        if now - self.logged_at < LOG_INTERVAL_SECONDS and progress.step < self.order.total_steps:
+            return
+        self.logged_at = now
         log.info(
             "step %d/%d  loss %.4f  grad norm %.3f  lr %.2e  %.0f tokens/s",
             progress.step,
@@ -150,6 +157,8 @@ class Training:
         if loss is None:
             self._leave()
             return
+        if not math.isfinite(loss):
+            raise NonFiniteLossError(f"step {step}: held-out loss {loss}")
         if self.progress.last_eval_step is None:
             self.progress.base_eval_loss = loss
         self.progress.eval_loss, self.progress.last_eval_step = loss, step

@@ -3,12 +3,13 @@
 Nothing here goes to a network: hub models are downloaded before (see `hub`), and only paths are handed on.
 """
 
+import inspect
 import json
 import logging
 from pathlib import Path
 from typing import Any
 
-from finetune_api.launch import LaunchAdapter, LaunchSpec, PathSource
+from finetune_api.launch import LaunchAdapter, LaunchSpec
 from finetune_api.spec import ActivationCheckpointing, Method, Precision
 from finetune_trainer.errors import ConfigError
 
@@ -101,6 +102,8 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the model cannot be loaded: {error}") from error
     del keep_alive
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
     model.config.use_cache = False
     if spec.method is Method.LORA:
         assert spec.adapter is not None
@@ -115,7 +118,6 @@ def _add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
     from peft import LoraConfig, get_peft_model
 
     torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
-    source = spec.model.source
     targets = adapter.target_modules
     config = LoraConfig(
         r=adapter.rank,
@@ -123,7 +125,6 @@ def _add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if targets == ["All"] else sorted(targets),
         task_type="CAUSAL_LM",
-        base_model_name_or_path=source.path if isinstance(source, PathSource) else source.repo_id,
     )
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     try:

@@ -22,7 +22,7 @@ from finetune_trainer.data.store import TokenStore, build_store
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError
-from finetune_trainer.hub import local_path, resolve_revision
+from finetune_trainer.hub import go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
 from finetune_trainer.state import StateWriter
 from finetune_trainer.versions import versions
@@ -83,6 +83,7 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
     world.wait_for_node("located", world.is_first_of_node)
     found = found if world.is_first_of_node else paths()
     world.wait_for_all("located")
+    go_offline()
     data = list(zip(datasets, found[1:], strict=True))
     return Sources(found[0], commits[0], data[: len(spec.train)], data[len(spec.train) :])
 

@@ -64,8 +64,6 @@ def to_sample(record: Record, form: DatasetFormat) -> Sample:
     messages = _CONVERSATIONS[form](record)
     if not messages:
         raise DataError(f"{record.place}: the conversation is empty")
-    if not any(message.role == "assistant" for message in messages):
-        raise DataError(f"{record.place}: the conversation has no assistant turn, so there is nothing to learn from")
     return Sample(messages, None, record.place)
 
 

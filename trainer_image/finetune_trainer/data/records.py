@@ -4,6 +4,7 @@ Plain JSON and pyarrow, not the datasets library: its readers tell neither the l
 and importing it takes seconds.
 """
 
+import errno
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,8 @@ def read_records(path: Path, uri: str) -> Iterator[Record]:
         try:
             yield from _READERS[file.suffix](file)
         except OSError as error:
+            if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
+                raise  # the volume's fault, not the data's
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 

@@ -1,0 +1,150 @@
+"""What counts as a checkpoint, who may write one, and what may be resumed from it."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from finetune_api.reasons import FAILURES, Reason
+from finetune_trainer import manifest as mf
+from tests.trainer import jobs
+from tests.trainer.conftest import StartPod
+
+
+def steps(pod: jobs.Pod) -> list[int]:
+    return sorted(int(path.name[5:]) for path in (pod.folder / "checkpoints").glob("step-????????"))
+
+
+def corrupt(pod: jobs.Pod, step: int) -> None:
+    """Flips one bit in the middle of the tensors."""
+    file = pod.folder / "checkpoints" / f"step-{step:08d}" / "rank-00000.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def again(pod: jobs.Pod, **changes: object) -> jobs.Pod:
+    return jobs.Pod(pod.folder, jobs.next_attempt(pod.spec, **changes), pod.server)
+
+
+@pytest.fixture(scope="module")
+def finished(server: jobs.ForkServer, assets, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    """Makes finished jobs cheaply: each is a copy of one."""
+    import shutil
+    from copy import deepcopy
+
+    first = tmp_path_factory.mktemp("finished")
+    pod = jobs.Pod(first, jobs.launch(first, assets.model, assets.train, assets.evaluation), server)
+    pod.done()
+
+    def copy(folder: Path) -> jobs.Pod:
+        shutil.copytree(first, folder, dirs_exist_ok=True)
+        clone = object.__new__(jobs.Pod)
+        clone.folder, clone.server, clone.spec = folder, server, deepcopy(pod.spec)
+        clone.spec["checkpoint"]["dir"] = str(folder / "checkpoints")
+        clone.spec["outputDir"] = str(folder / "output")
+        return clone
+
+    return copy
+
+
+def test_keeps_the_newest_and_leaves_nothing_half_written(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    assert steps(pod) == [4, 6]
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir() if p.name.startswith(".")) == []
+    manifest = mf.read_manifest(tmp_path / "checkpoints" / "step-00000006")
+    assert manifest.progress.step == 6 and manifest.progress.samples_total == 24
+    assert all(mf.verify_file(tmp_path / "checkpoints/step-00000006", n, e) is None for n, e in manifest.files.items())
+    assert {"torch", "deepspeed", "transformers"} <= manifest.versions.keys()
+    # Only the trainable state: adapters of 8,192 parameters as master and two moments, not the model.
+    assert sum(entry["size_bytes"] for entry in manifest.files.values()) < 8192 * 12 + 4096
+
+
+def test_falls_back_to_the_newest_that_verifies(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    corrupt(pod, 6)
+    abandoned = tmp_path / "checkpoints" / ".step-00000008.tmp-1"
+    abandoned.mkdir()
+    second = again(pod)
+    assert second.done()["resumedFromStep"] == 4
+    assert "step-00000006 is corrupt" in second.log and "SHA-256" in second.log
+    assert (tmp_path / "checkpoints" / "step-00000006.corrupt-2").is_dir()
+    assert not abandoned.exists()
+    assert steps(pod) == [4, 6]
+
+
+def test_no_checkpoint_verifies(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    corrupt(pod, 6)
+    (tmp_path / "checkpoints" / "step-00000004" / "manifest.json").unlink()
+    second = again(pod)
+    assert second.wait() == FAILURES[Reason.CHECKPOINT_CORRUPT].exit_code
+    assert "none of the 2 checkpoints" in second.report["message"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"adapter": {"rank": 8, "alpha": 8, "dropout": 0.0, "targetModules": ["All"]}},
+            "adapter.rank: saved 4, now 8",
+        ),
+        ({"train": "other"}, "datasets.train"),
+    ],
+    ids=["other-rank", "other-data"],
+)
+def test_another_runs_checkpoint_is_refused(finished, tmp_path: Path, changes, said: str) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    if changes.get("train") == "other":
+        from tests.trainer import tiny
+
+        changes = {"train": [jobs.dataset(tiny.write_jsonl(tmp_path / "other.jsonl", tiny.chats(9, seed=5)))]}
+    second = again(pod, **changes)
+    assert second.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code
+    assert said in second.report["message"]
+    assert steps(pod) == [4, 6]
+
+
+def test_an_older_attempt_ends_itself_and_writes_nothing(start: StartPod) -> None:
+    pod = start(training__maxSteps=4000, checkpoint__everySteps=50)
+    pod.wait_for_step(2)
+    claim = pod.folder / "checkpoints" / "attempt.json"
+    claim.write_text(json.dumps({"uid": "uid-1", "attempt": 2}))
+    before = steps(pod)
+    assert pod.wait(60) == FAILURES[Reason.SUPERSEDED].exit_code, pod.log
+    assert "owned by attempt 2" in pod.report["message"]
+    assert len(steps(pod)) <= len(before) + 1
+    assert not (pod.folder / "output" / "train_result.json").exists()
+
+    late = jobs.Pod(pod.folder, {**pod.spec, "httpPort": jobs.free_port()}, pod.server)
+    assert late.wait() == FAILURES[Reason.SUPERSEDED].exit_code
+
+
+def test_another_jobs_folder_is_refused_before_training(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    second = again(pod, job={"namespace": "team", "name": "tiny", "uid": "uid-2"})
+    assert second.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code
+    assert "checkpoint.uri" in second.report["message"] and "uid-1" in second.report["message"]
+
+
+@pytest.mark.parametrize("content", ["another job's", "somebody's files"])
+def test_a_taken_output_folder_is_refused_and_kept(start: StartPod, tmp_path: Path, content: str) -> None:
+    output = tmp_path / "output"
+    output.mkdir()
+    if content == "another job's":
+        (output / "finetunejob.json").write_text('{"namespace": "team", "name": "other", "uid": "x"}')
+    else:
+        (output / "thesis.txt").write_text("years of work")
+    pod = start()
+    assert pod.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code
+    assert "output.uri" in pod.report["message"]
+    assert len(list(output.iterdir())) == 1
+
+
+def test_a_finished_job_that_is_started_again_exports_the_same(finished, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    pod = finished(tmp_path)
+    adapter = tmp_path / "output" / "adapter_model.safetensors"
+    before = adapter.read_bytes()
+    report = again(pod).done()
+    assert report["resumedFromStep"] == report["step"] == 6
+    assert adapter.read_bytes() == before

@@ -1,0 +1,110 @@
+"""hf:// sources, against a small server that speaks the hub's API."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.trainer import jobs
+from tests.trainer.conftest import Assets
+from tests.trainer.hub import COMMIT, TOKEN, Hub
+
+
+def source(repo: str = "team/tiny", kind: str = "model", **more: Any) -> dict[str, Any]:
+    return {"kind": "Hub", "repoId": repo, "repoType": kind, "revision": "main", "path": "", "tokenFile": None, **more}
+
+
+def client(what: dict[str, Any], cache: Path, endpoint: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "tests.trainer.hub_client", json.dumps(what), str(cache)]
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def result(process: subprocess.Popen[str]) -> dict[str, str]:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    answer: dict[str, str] = json.loads(out.splitlines()[-1])
+    return answer
+
+
+@pytest.fixture
+def token(tmp_path: Path) -> str:
+    file = tmp_path / "token"
+    file.write_text(TOKEN + "\n")
+    return str(file)
+
+
+def test_two_processes_download_each_file_once(hub: Hub, tmp_path: Path) -> None:
+    hub.asked.clear()
+    both = [client(source(), tmp_path / "cache", hub.url) for _ in range(2)]
+    answers = [result(process) for process in both]
+    assert answers[0] == answers[1]
+    assert answers[0]["commit"] == COMMIT
+    names = {path.name for path in Path(answers[0]["path"]).iterdir()}
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= names
+    assert "pytorch_model.bin" not in names
+    downloads = {what: count for what, count in hub.asked.items() if what.startswith("GET team/tiny/resolve")}
+    assert downloads and set(downloads.values()) == {1}
+
+
+def test_a_file_of_a_dataset_and_nothing_else(hub: Hub, tmp_path: Path) -> None:
+    answer = result(client(source("team/chats", "dataset", path="train.jsonl"), tmp_path / "cache", hub.url))
+    assert Path(answer["path"]).name == "train.jsonl"
+    assert [p.name for p in Path(answer["path"]).parent.iterdir()] == ["train.jsonl"]
+
+
+def test_gated_with_token(hub: Hub, tmp_path: Path, token: str) -> None:
+    answer = result(client(source("team/gated", tokenFile=token), tmp_path / "cache", hub.url))
+    assert answer["commit"] == COMMIT
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str, list[str]]] = {
+    "gated": (source("team/gated"), "ConfigError", ["credentialsRef", "hf://team/gated", "gated"]),
+    "unknown": (source("team/none"), "ConfigError", ["model.uri", "hf://team/none", "does not exist"]),
+    "revision": (source(revision="v9"), "ConfigError", ["model.revision", "`v9`"]),
+    "path": (source("team/chats", "dataset", path="none.jsonl"), "ConfigError", ["none.jsonl"]),
+    "token-file": (source(tokenFile="/none/token"), "ConfigError", ["credentialsRef", "token file"]),
+}
+
+
+@pytest.mark.parametrize(("what", "reason", "parts"), REFUSED.values(), ids=REFUSED.keys())
+def test_refusals_name_the_field(hub: Hub, tmp_path: Path, what: dict[str, Any], reason: str, parts: list[str]) -> None:
+    answer = result(client(what, tmp_path / "cache", hub.url))
+    assert answer["reason"] == reason
+    for part in parts:
+        assert part in answer["message"]
+
+
+def test_no_hub_and_a_hub_out_of_order(hub: Hub, tmp_path: Path) -> None:
+    nobody = client(source(), tmp_path / "cache", f"http://127.0.0.1:{jobs.free_port()}")
+    hub.failing = True
+    try:
+        broken = client(source(), tmp_path / "cache", hub.url)
+        for answer in (result(nobody), result(broken)):
+            assert answer["reason"] == "HubUnavailable", answer
+            assert "hf://team/tiny" in answer["message"]
+    finally:
+        hub.failing = False
+
+
+def test_a_job_from_the_hub_pins_the_commit(hub: Hub, server: jobs.ForkServer, assets: Assets, tmp_path: Path) -> None:
+    spec = jobs.launch(tmp_path, assets.model, assets.train, numProcPerNode=2, training__microBatchSize=1)
+    spec["training"]["maxSteps"] = 2
+    spec["model"].update(uri="hf://team/tiny", source=source())
+    data = source("team/chats", "dataset", path="train.jsonl")
+    spec["train"] = [{"uri": "hf://datasets/team/chats/train.jsonl", "source": data, "format": "Auto", "maxSamples": 8}]
+    pod = jobs.Pod(tmp_path, spec, server)
+    report = pod.done()
+    assert report["modelRevision"] == COMMIT
+    assert (
+        json.loads((tmp_path / "output" / "adapter_config.json").read_text())["base_model_name_or_path"] == "team/tiny"
+    )
+    hub.asked.clear()
+    again = jobs.next_attempt(spec)
+    again["model"]["source"]["revision"] = COMMIT
+    assert jobs.Pod(tmp_path, again, server).done()["resumedFromStep"] == 2
+    assert not [what for what in hub.asked if "resolve" in what], "nothing is downloaded a second time"

