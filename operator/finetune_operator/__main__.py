@@ -1,5 +1,6 @@
 """`python -m finetune_operator`: see `--help`."""
 
+import gc
 import logging
 import os
 import sys
@@ -14,6 +15,9 @@ def main() -> int:
     logging.basicConfig(level=config.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("kopf").setLevel(max(logging.WARNING, logging.getLevelName(config.log_level)))
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    # What was imported never becomes garbage, and objects of the API come and go by the hundred.
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
     return run(config)
 
 

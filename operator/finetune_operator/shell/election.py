@@ -71,8 +71,12 @@ class Election:
         if not self.leading:
             return
         self.leading = False
-        spec = {**self._lease["spec"], "holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
         try:
+            # A renewal that was cut short may have been done all the same: what is there now counts.
+            await self._read(timeout_seconds=2)
+            if self._holder() != self._config.identity:
+                return
+            spec = {**self._lease["spec"], "holderIdentity": "", "leaseDurationSeconds": 1, "renewTime": _now()}
             await self._put({**self._lease, "spec": spec}, timeout_seconds=2)
         except ApiError as error:
             _LOG.warning("the Lease could not be released, it runs out by itself: %s", error)

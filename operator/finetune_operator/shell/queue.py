@@ -11,11 +11,13 @@ BACKOFF_CAP_SECONDS = 60.0
 class WorkQueue:
     """Keys that wait to be worked on. For one event loop; not thread-safe.
 
-    A key that is added while it waits is there once; one that is added while it is worked on comes again afterwards.
+    A key that is added while it waits is there once; one that is added while it is worked on comes again afterwards. Urgent
+    keys go first: a new job's pods are worth more than the newest words about one that waits.
     """
 
     def __init__(self) -> None:
         self._ready: deque[str] = deque()
+        self._urgent: deque[str] = deque()
         self._waiting: set[str] = set()
         self._active: set[str] = set()
         self._again: set[str] = set()
@@ -26,20 +28,20 @@ class WorkQueue:
         self._signals: deque[asyncio.Future[None]] = deque()
 
     def __len__(self) -> int:
-        return len(self._ready)
+        return len(self._ready) + len(self._urgent)
 
     @property
     def idle(self) -> bool:
         """Nothing waits and nothing is worked on (timers aside)."""
-        return not self._ready and not self._active and not self._again
+        return not len(self) and not self._active and not self._again
 
-    def add(self, key: str) -> None:
+    def add(self, key: str, *, urgent: bool = False) -> None:
         """Puts a key in line."""
         if key in self._active:
             self._again.add(key)
         elif key not in self._waiting:
             self._waiting.add(key)
-            self._ready.append(key)
+            (self._urgent if urgent else self._ready).append(key)
             self._signal()
 
     def add_after(self, key: str, seconds: float) -> None:
@@ -52,7 +54,7 @@ class WorkQueue:
 
     async def get(self) -> str:
         """Takes the next key; it has to be given back with `done` or `retry`."""
-        while not self._ready:
+        while not len(self):
             future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             self._signals.append(future)
             try:
@@ -63,7 +65,7 @@ class WorkQueue:
                 elif not future.cancelled():
                     self._signal()
                 raise
-        key = self._ready.popleft()
+        key = (self._urgent or self._ready).popleft()
         self._waiting.discard(key)
         self._active.add(key)
         # A reconcile answers all that was known when it began; whoever wants another sets another timer.

@@ -44,6 +44,8 @@ class Entry:
     progress: ProgressReport | None = None
     poll_at: float = 0.0
     """When to ask for progress next, on the monotonic clock."""
+    may_run: bool = False
+    """A pod has been running: spares the poller a look at the pods of the many jobs that wait."""
     gone: set[str] = field(default_factory=set)
     """Uids of children that this operator deleted and whose last event has not come yet."""
 
@@ -52,7 +54,7 @@ class Entry:
 
     def rank0(self) -> ObservedPod | None:
         """The pod to ask for progress: index 0 of the newest attempt, while it runs."""
-        if not self.jobs:
+        if not self.may_run or not self.jobs:
             return None
         attempt = max(job.attempt for job in self.jobs.values())
         return next(
@@ -124,6 +126,7 @@ class Store:
         if old is not None and old.uid == pod.uid and old.version >= pod.version:
             return None
         entry.pods[pod.name] = pod
+        entry.may_run = entry.may_run or pod.running
         return entry.uid if old is None or replace(old, version=pod.version) != pod else None
 
     def drop_job(self, body: dict[str, Any]) -> str | None:

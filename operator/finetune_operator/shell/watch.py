@@ -53,7 +53,9 @@ def build_registry(
             store.drop_finetunejob(uid)
             queue.add(uid)
         else:
-            enqueue(store.put_finetunejob(body))
+            uid = store.put_finetunejob(body)
+            if uid is not None:
+                queue.add(uid, urgent=event["type"] == "ADDED")
 
     async def job(event: kopf.RawEvent, **_: Any) -> None:
         _note(event, synchronizer)

@@ -47,6 +47,16 @@ def test_a_key_is_never_worked_on_twice_at_once_and_comes_again() -> None:
     run(scenario())
 
 
+def test_urgent_keys_go_first() -> None:
+    async def scenario() -> None:
+        queue = WorkQueue()
+        for key, urgent in (("old", False), ("new", True), ("newer", True)):
+            queue.add(key, urgent=urgent)
+        assert [await queue.get() for _ in range(3)] == ["new", "newer", "old"]
+
+    run(scenario())
+
+
 def test_of_several_timers_the_earliest_counts() -> None:
     async def scenario() -> float:
         queue, loop = WorkQueue(), asyncio.get_running_loop()
