@@ -23,6 +23,8 @@ from finetune_trainer.errors import ConfigError, classify, error_of
 START_TIMEOUT = timedelta(days=1)
 """A gang's pods may start hours apart (queues, image pulls); deadlines are the operator's matter."""
 POLL_SECONDS = 0.02
+LEAVE_SECONDS = 30.0
+"""The result is written: a rank that has died since is no reason to wait longer."""
 T = TypeVar("T")
 log = logging.getLogger("finetune_trainer")
 
@@ -66,7 +68,8 @@ class World:
         """The last thing before the end: rank 0 holds the store, so it goes last, and nobody goes before it has come here."""
         if self.is_first:
             self.store.set("finished", "1")
-            while self.store.add("left", 0) < self.size - 1:
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while self.store.add("left", 0) < self.size - 1 and time.monotonic() < deadline:
                 time.sleep(POLL_SECONDS)
             return
         while not self.store.check(["finished"]):
@@ -130,6 +133,9 @@ def connect(spec: LaunchSpec) -> World:
     device = _device(local_rank)
     torch.set_num_threads(spec.threads_per_process)
     torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = (
+        False  # a debugging aid that would cost a write of every tensor
+    )
     _wait_for_name(spec.rendezvous.host)
     store = TCPStore(
         spec.rendezvous.host,

@@ -185,6 +185,8 @@ class Training:
         step = self.progress.step
         if not self.spec.checkpoint.on_termination:
             raise TerminatedError(f"asked to stop; left after step {step} without saving (onTermination: false)")
-        if step > 0 and self.status.state.last_checkpoint_step != step:
+        if step == 0:
+            raise TerminatedError("asked to stop before the first step: nothing to save yet")
+        if self.status.state.last_checkpoint_step != step:
             self._save()
         raise TerminatedError(f"asked to stop; saved and left after step {step}")

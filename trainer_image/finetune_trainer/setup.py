@@ -178,11 +178,11 @@ def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, st
     from finetune_trainer.export import gather_weights, write_output
 
     world: World = training.world
+    own_claim: AttemptClaim | None = training.checkpoints.claim
+    world.together(lambda: own_claim.check() if own_claim else None)
     weights = gather_weights(training.engine, spec, first=world.is_first)
     if not world.is_first:
         return
-    claim_now: AttemptClaim = training.checkpoints.claim
-    claim_now.check()
     progress: Progress = training.progress
     result = {
         **asdict(progress),
