@@ -100,6 +100,21 @@ def test_sigterm_on_one_of_two_pods_stops_both_at_one_step(
     assert (tmp_path / "checkpoints" / f"step-{pods[0].report['step']:08d}" / "manifest.json").exists()
 
 
+def test_a_killed_rank_ends_the_other_pod_too(
+    server: jobs.ForkServer, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each pod tells its own part: the operator finds the cause in the first and restarts both."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    spec = jobs.launch(
+        tmp_path, assets.model, assets.train, numNodes=2, training__microBatchSize=1, training__maxSteps=4000
+    )
+    pods = [jobs.Pod(tmp_path, {**spec, "httpPort": jobs.free_port()}, server, node=node) for node in (0, 1)]
+    pods[1].wait_for_step(3, rank=1)
+    pods[1].kill_rank(1)
+    assert pods[1].wait(10) == FAILURES[Reason.RANK_KILLED].exit_code
+    assert pods[0].wait(10) == FAILURES[Reason.COMMUNICATION_ERROR].exit_code, pods[0].log
+
+
 def test_sigterm_without_saving(start: StartPod) -> None:
     pod = start(checkpoint__onTermination=False, checkpoint__everySteps=1000, training__maxSteps=400)
     pod.wait_for_step(2)

@@ -133,9 +133,8 @@ def connect(spec: LaunchSpec) -> World:
     device = _device(local_rank)
     torch.set_num_threads(spec.threads_per_process)
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = (
-        False  # a debugging aid that would cost a write of every tensor
-    )
+    # A debugging aid that would cost a write of every new tensor.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     _wait_for_name(spec.rendezvous.host)
     store = TCPStore(
         spec.rendezvous.host,

@@ -17,6 +17,16 @@ NVIDIA_CONTROL = Path("/dev/nvidiactl")
 """There wherever the container runtime gives the container a GPU; far cheaper to ask than CUDA."""
 
 
+FIXED_ENVIRONMENT = {
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
+    "PYTHONUNBUFFERED": "1",
+    "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is told in one sentence, not with a stack of C++
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+}
 start_process = subprocess.Popen
 """Tests put something cheaper here."""
 
@@ -36,6 +46,7 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
     threads = str(spec.threads_per_process)
     cache = scratch / "cache"
     ours = {
+        **FIXED_ENVIRONMENT,
         "RANK": str(rank),
         "LOCAL_RANK": str(local_rank),
         "WORLD_SIZE": str(spec.world_size),
@@ -47,18 +58,10 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
         "MKL_NUM_THREADS": threads,
         "RAYON_NUM_THREADS": threads,
         "HF_HOME": str(cache / "huggingface"),
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-        "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
-        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
         "TRITON_CACHE_DIR": str(cache / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
         "XDG_CACHE_HOME": str(cache),
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic cuBLAS
-        "PYTHONUNBUFFERED": "1",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # a lost peer is told in one sentence, not with a stack of C++
-        "TRANSFORMERS_VERBOSITY": "error",
-        "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
     }
     sources = [spec.model.source, *(data.source for data in (*spec.train, *spec.evaluation))]
     if not any(isinstance(source, HubSource) for source in sources):

@@ -171,13 +171,14 @@ class Training:
         started = time.perf_counter()
         self.status.beat(Activity.CHECKPOINTING)
         saved_at = self.checkpoints.save(self.engine, self.progress)
-        state = self.status.state
+        state, seconds = self.status.state, time.perf_counter() - started
+        log.info("step %d  checkpoint saved in %.2f s", self.progress.step, seconds)
         self.status.beat(
             Activity.TRAINING,
             last_checkpoint_step=self.progress.step,
             last_checkpoint_time=saved_at,
             checkpoints=state.checkpoints + 1,
-            checkpoint_stall_seconds=state.checkpoint_stall_seconds + time.perf_counter() - started,
+            checkpoint_stall_seconds=state.checkpoint_stall_seconds + seconds,
         )
 
     def _leave(self) -> None:

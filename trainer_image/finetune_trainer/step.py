@@ -70,9 +70,9 @@ def train_step(
     Args:
         engine: the DeepSpeed engine.
         rows: the training rows.
-        batch_rows: the rows of the whole step, the same on every rank.
-        world: this rank's place; it takes its slice of `batch_rows`.
-        step: the optimizer step, from 1; with `seed` and the position it seeds dropout.
+        batch_rows: the rows of the whole step, the same on every rank; a rank takes its slice.
+        world: this rank's place.
+        step: from 1; with `seed` and the position it seeds dropout.
         seed: the job's seed.
         micro_batch_size: rows of one forward pass.
         max_grad_norm: 0 for no clipping.
@@ -91,11 +91,10 @@ def train_step(
         torch.manual_seed(hash64(seed, step, at))  # dropout depends on the rows, not on the rank that has them
         loss = loss_sum(engine, batch, world.device)
         engine.backward(loss * scale, scale_wrt_gas=False)
-        last = at + micro_batch_size >= first + share
-        if last:
-            grad_norm = ds.step(engine, max_grad_norm)
-        else:
+        if at + micro_batch_size < first + share:
             engine.step()  # only counts the micro-batch
+        else:
+            grad_norm = ds.step(engine, max_grad_norm)
         total += loss.item()
         num_samples, num_tokens = num_samples + batch.num_samples, num_tokens + batch.num_tokens
         beat()
