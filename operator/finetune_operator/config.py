@@ -104,7 +104,7 @@ def _parser(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     add("node-lost", int, 5, "seconds that pods stay on a node that is unreachable or not ready")
     add("poll-interval", float, 5.0, "seconds between two polls of a job's progress")
     add("progress-interval", int, 10, "seconds between two writes of a job's progress")
-    add("workers", int, 8, "jobs that are reconciled at the same time")
+    add("workers", int, 24, "jobs that are reconciled at the same time")
     election = environment.get("FINETUNE_LEADER_ELECT", "true").lower()
     parser.add_argument(
         "--leader-elect",
