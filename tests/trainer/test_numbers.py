@@ -155,6 +155,7 @@ def test_export_loads_in_plain_libraries_with_the_same_loss(start: StartPod, ass
     assert losses == pytest.approx([report["evalLoss"] for report in reports], rel=1e-5)
     assert all(report["evalLoss"] < report["baseEvalLoss"] for report in reports)
 
+    assert {path.stat().st_mode & 0o777 for path in Path(outputs[0]).iterdir()} == {0o644}, "others can read it"
     config = json.loads((Path(outputs[0]) / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == str(assets.model)
     assert json.loads((Path(outputs[0]) / "finetunejob.json").read_text())["name"] == "tiny"

@@ -20,6 +20,8 @@ from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
 
 RESULT_FILE = "train_result.json"
+FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
+"""safetensors writes its files for their owner alone; a result is for others to read."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -80,6 +82,7 @@ def write_output(
     write_json(temporary / OUTPUT_FILE, output_claim(spec.job))
     write_json(temporary / RESULT_FILE, result)
     for path in temporary.rglob("*"):
+        path.chmod(DIRECTORY_MODE if path.is_dir() else FILE_MODE)
         fsync_path(path)
     fsync_path(temporary)
     if in_place:

@@ -115,6 +115,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     """Loads the model and wraps it."""
     from finetune_trainer import engine as ds
+    from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
 
     tame_deepspeed()
@@ -122,6 +123,7 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     model = models.load_model(sources.model, spec, config)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")
+    warn_of_slow_precision(world.device, spec.training.precision)
     world.wait_for_all("model loaded")
     return ds.build_engine(model, spec, config)
 
