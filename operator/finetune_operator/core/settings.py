@@ -28,7 +28,8 @@ class PlanConfig:
     backoff_base_seconds: int = 10
     backoff_cap_seconds: int = 300
     """The wait before restarts doubles from base to cap while attempts make no progress; the first has no wait."""
-    pods_late_seconds: int = 120
-    """A pod that is not there so long after its attempt began is worth a word."""
+    pods_late_seconds: int = 300
+    """A pod that is not there so long after its attempt began is worth a word. With a thousand new jobs at once, Kubernetes'
+    Job controller was seen to need three minutes."""
     leftover_seconds: int = 30
     """How long the pods of a finished job may take to end by themselves before their Job is deleted."""

@@ -75,12 +75,14 @@ def _pods(s: Situation, gang: tuple[ObservedPod, ...]) -> View:
             return View(State.PENDING, "Unschedulable", f"{sentence(text)} {_UNSCHEDULABLE_HINT}", problem=True)
     placed = {pod.index for pod in gang if pod.scheduled}
     up = {pod.index for pod in gang if pod.running or pod.succeeded}
+    name = attempt_name(s.job.metadata.name, s.status.attempts[-1].number)
     if pods_are_late(s, gang):
-        name = attempt_name(s.job.metadata.name, s.status.attempts[-1].number)
         text = f"Kubernetes has not created all of {_count(s.num_nodes)}: kubectl describe job {name} says why."
         return View(State.PENDING, "PodsNotCreated", f"{text} {_PODS_HINT}", problem=True)
     if len(placed) < s.num_nodes:
-        return View(State.PENDING, "Scheduling", f"Waiting for {_count(s.num_nodes)} to be placed on nodes.")
+        # One text for pods that are not there and for those that wait: two would be one write more for every job.
+        text = f"Waiting for {_count(s.num_nodes)} to be created and placed on nodes (kubectl describe job {name})."
+        return View(State.PENDING, "Scheduling", text)
     if len(up) < s.num_nodes:
         nodes = ", ".join(sorted({pod.node for pod in gang}))
         return View(State.STARTING, "ContainersStarting", f"Starting {_count(s.num_nodes)} on {nodes}.")
