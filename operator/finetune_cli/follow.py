@@ -18,7 +18,7 @@ from urllib3.exceptions import HTTPError
 from finetune_api.job import GROUP, LABEL_ATTEMPT, LABEL_JOB_NAME, PLURAL, VERSION, FineTuneJob
 from finetune_api.reports import ProgressReport
 from finetune_api.status import State
-from finetune_cli.view import FINISHED, figures, state_line
+from finetune_cli.view import FINISHED, figures, headline, state_line
 
 POLL_SECONDS = 1.0
 PLAIN_LINE_SECONDS = 10.0
@@ -42,14 +42,14 @@ def run(name: str, namespace: str | None, timeout_seconds: float | None) -> int:
     console = Console(stderr=False, highlight=False)
     display = _Bar(console, name) if console.is_terminal else _Lines(name)
     deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
-    last_line = ""
+    last_shown: tuple[object, ...] = ()
     with display:
         while True:
             job = source.job()
             line = state_line(job)
-            if line != last_line:
+            if (shown := headline(job)) != last_shown:
                 display.state(line)
-                last_line = line
+                last_shown = shown
             if job.status.state in FINISHED:
                 display.figures(job, None)
                 return 0 if job.status.state is State.COMPLETE else 1

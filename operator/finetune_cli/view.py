@@ -29,6 +29,13 @@ def state_line(job: FineTuneJob) -> str:
     return f"{state}{reason}{message}"
 
 
+def headline(job: FineTuneJob) -> tuple[object, ...]:
+    """What is worth a new line when it changes. While the job runs the message repeats the figures, so it is left out."""
+    status = job.status
+    message = None if status.state is State.RUNNING else status.message
+    return status.state, status.reason, status.restarts, message
+
+
 def figures(job: FineTuneJob, report: ProgressReport | None) -> Figures | None:
     """The newest figures: the trainer's own where it answers, else the coarser ones in status; None before training."""
     if report is not None:
