@@ -8,12 +8,14 @@ import os
 import subprocess
 import sys
 import tarfile
+import time
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
-from cluster import build, dockerfile, oci, parts, providers, settings, storage
+from cluster import build, dockerfile, oci, packages, parts, providers, settings, storage
 from cluster.errors import ClusterError
 from cluster.parts import Part, Seen
 from cluster.processes import Process, command_line, find
@@ -258,3 +260,33 @@ def test_kind_is_created_once_with_two_workers(tmp_path: Path) -> None:
     assert done.stdout.strip().endswith("kind-finetune.kubeconfig")
     assert (tmp_path / "config").read_text().count("worker") == 2
     assert "create cluster" in (tmp_path / "calls").read_text()
+
+
+def test_two_that_want_packages_at_once_do_not_meet_in_apt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The apt-get of this test refuses while another one runs, as the real one does."""
+    folder, installed = tmp_path / "bin", tmp_path / "installed"
+    folder.mkdir()
+    script = folder / "apt-get"
+    script.write_text(
+        f"""#!/bin/sh
+        mkdir {tmp_path}/lock 2> /dev/null || {{ echo 'E: Could not get lock /var/lib/apt/lists/lock'; exit 100; }}
+        sleep 0.2
+        [ "$1" = update ] || touch {installed}
+        rmdir {tmp_path}/lock
+        """
+    )
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setattr(packages, "LOCK_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    asked = settings.load({"XDG_CACHE_HOME": str(tmp_path / "cache"), "XDG_STATE_HOME": str(tmp_path / "state")})
+    (tmp_path / "lock").mkdir()  # a stranger's update
+    threads = [Thread(target=packages.ensure, args=(asked, {"one": str(installed)})) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    time.sleep(0.2)
+    assert not installed.exists()
+    (tmp_path / "lock").rmdir()
+    for thread in threads:
+        thread.join(10)
+    assert installed.exists()
