@@ -31,6 +31,12 @@ class Cluster:
     helm: str
     images: dict[str, str]
 
+    @property
+    def toolbox_node(self) -> str:
+        """The node that the volume's pod stands on; the tests need it."""
+        node: str = self.kubectl.get("pod", TOOLBOX)["spec"]["nodeName"]
+        return node
+
     def result(self, job: Job) -> Result:
         """What the job exported, read from the volume."""
         folder = f"/mnt/{job.object['spec']['output']['uri'].removeprefix('pvc://' + CLAIM + '/')}"

@@ -67,9 +67,8 @@ class Job:
         if not pods:
             return 0
         try:
-            path = (
-                f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pods[-1]['metadata']['name']}:8080/proxy/progress"
-            )
+            pod = pods[-1]["metadata"]["name"]
+            path = f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pod}:8080/proxy/progress"
             return int(json.loads(self.kubectl("get", "--raw", path))["step"])
         except (AssertionError, KeyError, ValueError):
             return 0

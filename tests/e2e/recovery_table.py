@@ -8,22 +8,25 @@ class Row(NamedTuple):
 
     disturbance: str
     reason: str
-    detection_seconds: float | None
-    """From the disturbance to the operator's record of it (whole seconds: Kubernetes' timestamps)."""
-    downtime_seconds: float
+    detection_seconds: float
+    """From the disturbance until the status shows the next attempt; for the operator itself, until it is ready again."""
+    running_seconds: float
     """From the disturbance until all pods of the next attempt run."""
-    lost_steps: int | None
+    training_seconds: float
+    """From the disturbance until the next attempt has done its first step: the downtime."""
+    lost_steps: int
+    """Steps that were done and had to be done again."""
 
 
 def render(rows: list[Row]) -> str:
     """The rows as a Markdown table."""
     lines = [
-        "| disturbance | reason | detection (s) | gang running again (s) | lost steps |",
-        "| --- | --- | --- | --- | --- |",
+        "| disturbance | reason | detected (s) | gang running again (s) | training again (s) | lost steps |",
+        "| --- | --- | --- | --- | --- | --- |",
     ]
-    for row in rows:
-        detection = "-" if row.detection_seconds is None else f"{row.detection_seconds:.0f}"
-        lines.append(
-            f"| {row.disturbance} | {row.reason} | {detection} | {row.downtime_seconds:.1f} | {row.lost_steps} |"
-        )
+    lines += [
+        f"| {row.disturbance} | {row.reason} | {row.detection_seconds:.1f} | {row.running_seconds:.1f} "
+        f"| {row.training_seconds:.1f} | {row.lost_steps} |"
+        for row in rows
+    ]
     return "\n".join(lines)
