@@ -52,8 +52,8 @@ def figures(job: FineTuneJob, report: ProgressReport | None) -> Figures | None:
     return Figures(
         progress.step,
         progress.total_steps,
-        progress.loss or "-",
-        progress.tokens_per_second or "-",
+        _number(progress.loss, 4),
+        _number(progress.tokens_per_second, 0),
         duration(progress.eta_seconds),
     )
 
@@ -68,5 +68,5 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def _number(value: float | None, digits: int) -> str:
-    return "-" if value is None else f"{value:.{digits}f}"
+def _number(value: float | str | None, digits: int) -> str:
+    return "-" if value is None else f"{float(value):.{digits}f}"

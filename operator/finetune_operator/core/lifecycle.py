@@ -22,7 +22,6 @@ def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
         update={
             "start_time": time if status.start_time is None else status.start_time,
             "plan": status.plan or choose(s.job, s.config),
-            "progress": status.progress.model_copy(update={"activity": None}) if status.progress else None,
         }
     )
     if resumed:

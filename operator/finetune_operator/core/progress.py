@@ -25,8 +25,8 @@ def number(value: float | None) -> str | None:
 
 
 def summary(step: int, total: int | None) -> str:
-    """For example `120/400 (30%)`."""
-    return f"{step}/{total} ({100 * step // total}%)" if total else str(step)
+    """For example `120/400 (30%)`; empty before anything is known."""
+    return f"{step}/{total} ({100 * step // total}%)" if total else str(step or "")
 
 
 def is_due(status: FineTuneJobStatus, report: ProgressReport, now: datetime, config: PlanConfig) -> bool:
@@ -77,7 +77,17 @@ def take_all(status: FineTuneJobStatus, observed: Observed, now: datetime) -> Fi
     report = observed.progress
     if report is not None and status.attempts and report.attempt == status.attempts[-1].number:
         status = take_report(status, report, now)
-    return absorb_reports(status, observed)
+    return halted(absorb_reports(status, observed))
+
+
+def halted(status: FineTuneJobStatus) -> FineTuneJobStatus:
+    """A copy in which nothing is going on any more: as far as the newest attempt is known to have come, no activity."""
+    old = status.progress
+    if old is None or not status.attempts:
+        return status
+    step = max(old.step, status.attempts[-1].to_step or 0)
+    changes = {"activity": None, "eta_seconds": None, "step": step, "summary": summary(step, old.total_steps)}
+    return status.model_copy(update={"progress": old.model_copy(update=changes)})
 
 
 def take_result(status: FineTuneJobStatus, report: TerminationReport, now: datetime) -> FineTuneJobStatus:

@@ -1,5 +1,6 @@
 """How an attempt is, in words for people: state, reason and a message that says what is going on and what to do."""
 
+import re
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -19,6 +20,8 @@ _PULL_PROBLEMS = {
     "ImageInspectError",
     "RegistryUnavailable",
 }
+_RPC_ERROR = re.compile(r"rpc error: code = \w+ desc = ")
+"""What kubelet puts before the container runtime's words."""
 _CONTAINER_PROBLEMS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
 _UNSCHEDULABLE_HINT = "Lower trainer.resourcesPerNode or numNodes, change trainer.nodeSelector, or add nodes."
 _CONTAINER_HINT = "Check the Secrets and claims that the job names; kubectl describe pod tells more."
@@ -107,7 +110,8 @@ def _count(num_nodes: int) -> str:
 def _image_problem(s: Situation, pod: ObservedPod) -> View:
     reason = Reason.IMAGE_PULL_FAILED
     assert pod.waiting is not None
-    message = f"{sentence(f'{pod.name}: {pod.waiting.message or pod.waiting.reason}')} {FAILURES[reason].hint}"
+    text = _RPC_ERROR.sub("", pod.waiting.message or pod.waiting.reason)
+    message = f"{sentence(f'{pod.name}: {text}')} {FAILURES[reason].hint}"
     # kubelet says the same in turns in two ways (pull, back-off): the first one stays.
     if s.status.reason == reason and s.status.message and s.status.message.startswith(f"{pod.name}:"):
         message = s.status.message.removesuffix(restart_text(s.status)).strip()

@@ -38,7 +38,7 @@ def test_the_trainers_own_figures_win_over_status() -> None:
         heartbeat_time=datetime(2026, 1, 1, tzinfo=UTC),
     )
     assert figures(job, report) == Figures(2, 9, "2.2500", "-", "-")
-    assert figures(job, None) == Figures(1, 9, "2.5", "-", "-")
+    assert figures(job, None) == Figures(1, 9, "2.5000", "-", "-"), "the same digits"
     assert figures(_job(), None) is None
 
 

@@ -53,8 +53,8 @@ def test_start_applies_three_objects_and_no_event() -> None:
         ({"unschedulable": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: no", "scheduled": False},
          State.PENDING, "Unschedulable",
          "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. Lower trainer.resourcesPerNode"),
-        ({"waiting": Waiting("ErrImagePull", "registry/x:1: not found")},
-         State.PENDING, "ImagePullFailed", "Check trainer.image"),
+        ({"waiting": Waiting("ErrImagePull", "rpc error: code = NotFound desc = registry/x:1: not found")},
+         State.PENDING, "ImagePullFailed", "tune-1-0-abcde: registry/x:1: not found. Check trainer.image"),
         ({"waiting": Waiting("InvalidImageName", "")}, State.PENDING, "ImagePullFailed", "InvalidImageName"),
         ({"waiting": Waiting("CreateContainerConfigError", 'secret "hub" not found')},
          State.PENDING, "CreateContainerConfigError", 'secret "hub" not found'),
@@ -221,6 +221,9 @@ def test_suspend_and_resume() -> None:
     world.set_pod(ended(code=143, delete_time=NOW, message=report(Reason.TERMINATED, step=44, last_checkpoint_step=44)))
     world.step(2)
     assert world.job.status.message == "Set spec.suspend: false to go on from step 44."
+    progress = world.job.status.progress
+    assert progress is not None
+    assert (progress.summary, progress.activity) == ("44/400 (11%)", None)
     world.change_spec(suspend=False)
     world.step(1)
     assert world.job.status.attempts[-1].number == 2

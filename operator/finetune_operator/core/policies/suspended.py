@@ -6,7 +6,7 @@ from finetune_operator.core.attempts import absorb_reports, closed
 from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.failures import Cause
 from finetune_operator.core.lifecycle import observed_generation
-from finetune_operator.core.progress import take_all
+from finetune_operator.core.progress import halted, take_all
 from finetune_operator.core.situation import Action, Delete, Event, Kind, Plan, Situation
 
 REASON = "Suspended"
@@ -20,7 +20,7 @@ def suspended(s: Situation) -> Plan | None:
     if s.attempt is not None:
         cause = Cause(Reason.SUSPENDED, "spec.suspend was set.")
         status = closed(take_all(status, s.observed, s.now), cause, s.now)
-    status = absorb_reports(status, s.observed)
+    status = halted(absorb_reports(status, s.observed))  # pods tell how far they came after they were told to leave
     actions: list[Action] = [Delete(Kind.JOB, c.name, c.uid) for c in s.observed.jobs if not c.deleting]
     message = _message(s.with_status(status))
     events: tuple[Event, ...] = ()
