@@ -83,8 +83,9 @@ def main(arguments: list[str]) -> int:
         return 0
     except BaseException as error:
         reason, message = classify(error)
-        status.fail(reason, message, short_traceback(error, TRACEBACK_LIMIT))
-        if not isinstance(error, TerminatedError):
+        asked = isinstance(error, TerminatedError)  # no failure, so no traceback
+        status.fail(reason, message, "" if asked else short_traceback(error, TRACEBACK_LIMIT))
+        if not asked:
             log.exception("this rank ends: %s", reason)
         return FAILURES[reason].exit_code or 1
 
