@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster import oci, settings, tools
+from cluster import oci, packages, settings, tools
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BUSYBOX = Path("/bin/busybox")
@@ -93,8 +93,6 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
     """The instance, not started; removed at the end whatever a test left."""
     if os.geteuid() != 0 or sys.platform != "linux":
         pytest.skip("the built cluster needs root on Linux")
-    if not BUSYBOX.exists():
-        pytest.skip("needs busybox-static")
     env = {key: value for key, value in os.environ.items() if not key.startswith(("FINETUNE_", "KUBECONFIG"))}
     env |= {
         "FINETUNE_CLUSTER_PROVIDER": "built",
@@ -103,6 +101,7 @@ def instance(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Instance]:
         "FINETUNE_CLUSTER_ARGS_KUBE_CONTROLLER_MANAGER": FAST_NODE_LOSS,
     }
     own = settings.load(env)
+    packages.ensure(own, {"busybox-static": str(BUSYBOX)})
     created = Instance(env, own, tools.kubectl(own))
     created.run("down")
     yield created
