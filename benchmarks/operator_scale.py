@@ -36,14 +36,14 @@ from finetune_operator.core.situation import Kind
 from finetune_operator.shell.api import PODS, Api, load_configuration, path_of
 from finetune_operator.shell.errors import ApiError, ConflictError, NotFoundError
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.watching import Watch, percentiles, say
+
 FINETUNEJOBS, JOBS, NAMESPACES = path_of(Kind.FINE_TUNE_JOB), path_of(Kind.JOB), ("/api/v1", "namespaces")
 QUIET_SECONDS = 10.0
 WRITES = ("apply", "patch", "create", "delete", "update")
 Metrics = dict[tuple[str, tuple[tuple[str, str], ...]], float]
-
-
-def say(text: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
 
 def manifest(namespace: str, name: str, image: str | None) -> dict[str, Any]:
@@ -60,26 +60,6 @@ def manifest(namespace: str, name: str, image: str | None) -> dict[str, Any]:
             "trainer": trainer,
         },
     }
-
-
-class Watch:
-    """Notes when each object of a kind is first seen, in the form in which `note` wants to see it."""
-
-    def __init__(
-        self, api: Api, target: tuple[str, str], namespace: str, note: Callable[[dict[str, Any], float], None]
-    ):
-        self._api, self._target, self._namespace, self._note = api, target, namespace, note
-
-    async def run(self) -> None:
-        rest, configuration = self._api._rest, self._api._configuration
-        token = await configuration.get_api_key_with_prefix("BearerToken")
-        headers = {"Accept": "application/json", **({"Authorization": token} if token else {})}
-        prefix, plural = self._target
-        url = f"{configuration.host}{prefix}/namespaces/{self._namespace}/{plural}?watch=1&timeoutSeconds=3600"
-        while True:
-            answer = await rest.request("GET", url, headers=headers, _request_timeout=aiohttp.ClientTimeout(total=None))
-            async for line in answer.response.content:
-                self._note(json.loads(line), time.monotonic())
 
 
 class Operator:
@@ -174,12 +154,6 @@ async def quiet(operator: Operator) -> float:
             last, since = now, time.monotonic()
         await asyncio.sleep(0.25)
     return since
-
-
-def percentiles(values: list[float]) -> dict[str, float]:
-    values = sorted(values)
-    pick = lambda share: round(values[min(len(values) - 1, int(share * len(values)))], 3)  # noqa: E731
-    return {"p50": pick(0.5), "p99": pick(0.99), "max": pick(1.0), "count": len(values)}
 
 
 async def side_by_side(work: Callable[[int], Any], count: int, width: int = 16) -> None:

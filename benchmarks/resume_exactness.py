@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from tests.trainer import tiny
 from tests.trainer.jobs import Pod, launch, next_attempt
 
+FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, ZeRO-0": {},
     "LoRA, BF16, ZeRO-0, packing, dropout 0.1": {"training__packing": True, "adapter__dropout": 0.1},
@@ -28,11 +29,16 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, ZeRO-2": {"deepspeed__zeroStage": 2},
     "LoRA, BF16, ZeRO-3": {"deepspeed__zeroStage": 3},
     "LoRA, BF16, activation checkpointing": {"training__activationCheckpointing": "Full"},
-    "Full, BF16, ZeRO-1": {"deepspeed__zeroStage": 1},
-    "Full, BF16, ZeRO-2": {"deepspeed__zeroStage": 2},
-    "Full, BF16, ZeRO-3": {"deepspeed__zeroStage": 3},
-    "Full, BF16, ZeRO-2, optimizer offloaded": {"deepspeed__zeroStage": 2, "deepspeed__offloadOptimizer": "CPU"},
+    "Full, BF16, ZeRO-1": {**FULL, "deepspeed__zeroStage": 1},
+    "Full, BF16, ZeRO-2": {**FULL, "deepspeed__zeroStage": 2},
+    "Full, BF16, ZeRO-3": {**FULL, "deepspeed__zeroStage": 3},
+    "Full, BF16, ZeRO-2, optimizer offloaded": {
+        **FULL,
+        "deepspeed__zeroStage": 2,
+        "deepspeed__offloadOptimizer": "CPU",
+    },
     "Full, BF16, ZeRO-3, all offloaded": {
+        **FULL,
         "deepspeed__zeroStage": 3,
         "deepspeed__offloadOptimizer": "CPU",
         "deepspeed__offloadParameters": "CPU",
