@@ -15,7 +15,6 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,7 @@ TIMEOUT_SECONDS = 180
 SPEC: dict[str, Any] = {
     "model": {"uri": SMOLLM2},
     "datasets": {"evaluation": []},
-    "training": {"maxSteps": 1000, "maxLength": 64, "globalBatchSize": 2},
+    "training": {"maxSteps": 1000, "maxLength": 256, "globalBatchSize": 2},
     "trainer": {"numNodes": NUM_PODS},
     "checkpoint": {"everySteps": 2},
 }
@@ -52,6 +51,9 @@ class Timeline:
     def __init__(self, name: str) -> None:
         self.name = name
         self.seen: dict[str, float] = {}
+        self.failed = ""
+        self.rank0: dict[int, str] = {}
+        """The pod with index 0 of each attempt, once it runs."""
         self._pods: dict[str, set[str]] = {}
 
     def note(self, what: str, now: float) -> None:
@@ -60,7 +62,9 @@ class Timeline:
     def note_finetunejob(self, event: dict[str, Any], now: float) -> None:
         body = event["object"]
         if body["metadata"]["name"] == self.name:
-            for attempt in body.get("status", {}).get("attempts", []):
+            status = body.get("status", {})
+            self.failed = status.get("message", "") if status.get("state") == "Failed" else ""
+            for attempt in status.get("attempts", []):
                 self.note(f"status/{attempt['number']}", now)
 
     def note_job(self, event: dict[str, Any], now: float) -> None:
@@ -86,51 +90,38 @@ class Timeline:
             pods.add(meta["name"])
             if len(pods) == NUM_PODS:
                 self.note(key, now)
+        if facts["podsRunning"] and labels["batch.kubernetes.io/job-completion-index"] == "0":
+            self.rank0[int(labels[LABEL_ATTEMPT])] = meta["name"]
         if any("terminated" in c.get("state", {}) for c in status.get("containerStatuses", [])):
             self.note(f"podEnded/{labels[LABEL_ATTEMPT]}", now)
-
-    async def until(self, what: str) -> None:
-        """Waits until something has been seen."""
-        await until(lambda: what in self.seen, f"{self.name}: {what}")
 
     def since(self, start: float, names: dict[str, str]) -> dict[str, float]:
         """Seconds after `start`, under the names that the result has."""
         return {name: round(self.seen[key] - start, 3) for key, name in names.items()}
 
 
-async def until(condition: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + TIMEOUT_SECONDS
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SystemExit(f"{what}: not seen within {TIMEOUT_SECONDS} s")
-        await asyncio.sleep(0.005)
-
-
 async def progress(api: Api, kubectl: Kubectl, timeline: Timeline, attempt: int) -> dict[str, Any]:
     """What rank 0 of an attempt answers; empty while it does not."""
-    body: dict[str, Any] = {}
+    pod = timeline.rank0.get(attempt)
+    if pod is None:
+        return {}
     with suppress(ApiError):
-        pods = await api.request(
+        return await api.request(
             "GET",
             PODS,
-            verb="list",
+            verb="get",
             namespace=kubectl.namespace,
-            query={
-                "labelSelector": f"{LABEL_JOB_NAME}={timeline.name},{LABEL_ATTEMPT}={attempt},"
-                "batch.kubernetes.io/job-completion-index=0"
-            },
+            name=f"{pod}:8080",
+            subresource="proxy/progress",
+            timeout_seconds=1,
         )
-        name = f"{pods['items'][0]['metadata']['name']}:8080"
-        body = await api.request(
-            "GET", PODS, verb="get", namespace=kubectl.namespace, name=name, subresource="proxy/progress"
-        )
-    return body
+    return {}
 
 
 async def reach_step(api: Api, kubectl: Kubectl, timeline: Timeline, attempt: int, more: int) -> int:
     """Waits until an attempt has done `more` steps of its own, notes its turning points, and returns its step."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not timeline.failed:
         report = await progress(api, kubectl, timeline, attempt)
         now = time.monotonic()
         if report:
@@ -143,7 +134,7 @@ async def reach_step(api: Api, kubectl: Kubectl, timeline: Timeline, attempt: in
             if report["activity"] != "Loading" and done >= more:
                 return int(report["step"])
         await asyncio.sleep(POLL_SECONDS)
-    raise SystemExit(f"{timeline.name}: no {more} steps of attempt {attempt} within {TIMEOUT_SECONDS} s")
+    raise SystemExit(f"{timeline.name}: {timeline.failed or f'no step {more} of attempt {attempt} in time'}")
 
 
 async def measure(api: Api, kubectl: Kubectl, name: str) -> dict[str, dict[str, float]]:

@@ -72,6 +72,26 @@ def unplug(settings: Settings, node: Node) -> None:
     _ip(namespace(settings, node.name), "link set eth0 down")
 
 
+def pod_links(settings: Settings, node: Node) -> list[str]:
+    """Names of the links of a node's pods, also of dead ones that the kernel has not cleaned up yet."""
+    inside = namespace(settings, node.name)
+    if not is_pinned(inside):
+        return []
+    links = json.loads(shell.run([*_prefix(inside), "ip", "-json", "link", "show", "type", "veth"]))
+    return [link["ifname"] for link in links if link["ifname"] != "eth0"]
+
+
+def remove_pod_links(settings: Settings, node: Node) -> None:
+    """Removes what the pods of a node that died have left.
+
+    The kernel does it too, but later. A new pod may have got the address of an old one by then: CNI takes the old route for its
+    own, and it goes with the old link.
+    """
+    for link in pod_links(settings, node):
+        # Fails where the kernel was faster.
+        shell.succeeds([*_prefix(namespace(settings, node.name)), "ip", "link", "delete", link])
+
+
 def remove(settings: Settings) -> None:
     """Removes all of it. Links and routes go with their namespaces, once no process is in them."""
     if _has_link(None, settings.interface):

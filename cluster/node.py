@@ -143,6 +143,7 @@ def _forget_what_a_reboot_would(settings: Settings, node: Node) -> None:
     _unpin(_mounts(settings, node))
     cgroups.remove(settings.node_cgroup(node))
     shutil.rmtree(settings.node_run(node), ignore_errors=True)
+    network.remove_pod_links(settings, node)
     # Addresses of pods that died with the power would never be given back.
     shutil.rmtree(settings.node_state(node) / "ipam", ignore_errors=True)
 

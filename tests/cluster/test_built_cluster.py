@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster import cgroups
+from cluster import cgroups, network
 
 from .conftest import Instance, eventually
 
@@ -277,6 +277,8 @@ def test_a_killed_node_loses_its_pods_and_comes_back(apps: Instance) -> None:
         connection.settimeout(1)
         with pytest.raises(TimeoutError):
             connection.recv(1)
+    # What the kernel would remove later could take the routes of new pods along.
+    assert not network.pod_links(apps.settings, apps.settings.node("node-0"))
     apps.run("node", "start", "node-0")
     eventually(lambda: apps.ready_nodes() == {"node-0", "node-1"}, "its return", 30)
     eventually(lambda: _both_serve(apps), "its pods", 60)

@@ -22,6 +22,18 @@ def cluster_command(*arguments: str, timeout: float = 900) -> str:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True).stdout
 
 
+def kill_rank(kubectl: Kubectl, pod: str) -> float:
+    """SIGKILL to the last rank of a pod, as the kernel's OOM killer would do it; returns when, on the monotonic clock."""
+    script = (
+        "import os, pathlib, time\n"
+        "ranks = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ')\n"
+        "         if b'LOCAL_RANK=' in p.read_bytes() and int(p.parent.name) != os.getpid()]\n"
+        "print(time.monotonic())\n"
+        "os.kill(max(ranks), 9)\n"
+    )
+    return float(kubectl.exec(pod, "python", "-c", script))
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Handles to everything that a test touches."""
@@ -44,16 +56,6 @@ class Cluster:
         report = json.loads(self.kubectl.exec(TOOLBOX, "cat", f"{folder}/train_result.json"))
         return Result(weights, *(repr(report[key]) for key in ("loss", "eval_loss", "base_eval_loss")))
 
-    def kill_rank(self, pod: str) -> None:
-        """SIGKILL to the last rank of a pod, as the kernel's OOM killer would do it."""
-        script = (
-            "import os, pathlib\n"
-            "ranks = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ')\n"
-            "         if b'LOCAL_RANK=' in p.read_bytes() and int(p.parent.name) != os.getpid()]\n"
-            "os.kill(max(ranks), 9)\n"
-        )
-        self.kubectl.exec(pod, "python", "-c", script)
-
     def evict(self, pod: str) -> None:
         """Evicts a pod through the API, as `kubectl drain` does."""
         body = {
@@ -64,8 +66,9 @@ class Cluster:
         path = f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pod}/eviction"
         self.kubectl("create", "--raw", path, "-f", "-", stdin=json.dumps(body))
 
-    def stop_node(self, node: str) -> None:
-        cluster_command("node", "stop", node)
+    def lose_node(self, how: str, node: str) -> None:
+        """`stop`: its kubelet ends for good. `kill`: all on it ends, as in a loss of power."""
+        cluster_command("node", how, node)
 
     def start_node(self, node: str) -> None:
         cluster_command("node", "start", node)

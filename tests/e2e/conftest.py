@@ -5,7 +5,6 @@ run left behind there, even one that was killed, is removed first. The images an
 """
 
 import json
-import os
 import subprocess
 from collections.abc import Iterator
 from typing import Any
@@ -20,6 +19,8 @@ from tests.e2e.recovery_table import Row, render
 
 NAMESPACE = "finetune-e2e"
 CHART = ROOT / "charts" / "finetune-operator"
+SECTIONS = pytest.StashKey[list[tuple[str, str]]]()
+"""Titles and texts that are printed at the end of the run."""
 RESTRICTED = {
     "pod-security.kubernetes.io/enforce": "restricted",
     "pod-security.kubernetes.io/enforce-version": "latest",
@@ -90,28 +91,26 @@ def _run(helm: str, kubectl: Kubectl, *arguments: str, stdin: str | None = None)
 
 
 @pytest.fixture(scope="session")
-def measurements() -> Iterator[dict[str, Any]]:
+def measurements(request: pytest.FixtureRequest) -> Iterator[dict[str, Any]]:
     """What tests measured on the way; printed at the end."""
     found: dict[str, Any] = {}
     yield found
-    _print("measured", [f"{what}: {value}" for what, value in found.items()])
+    request.config.stash.setdefault(SECTIONS, []).append(("measured", "\n".join(f"{k}: {v}" for k, v in found.items())))
 
 
 @pytest.fixture(scope="session")
-def recovery_table() -> Iterator[list[Row]]:
+def recovery_table(request: pytest.FixtureRequest) -> Iterator[list[Row]]:
     """One row for each disturbance; printed at the end."""
     rows: list[Row] = []
     yield rows
-    _print("recovery", [render(rows)])
+    request.config.stash.setdefault(SECTIONS, []).append(("recovery", render(rows)))
 
 
-def _print(title: str, lines: list[str]) -> None:
-    """Past pytest's capture, and into a file where E2E_REPORT names one."""
-    text = f"\n{title}\n" + "\n".join(lines) + "\n"
-    os.write(2, text.encode())
-    if path := os.environ.get("E2E_REPORT"):
-        with open(path, "a", encoding="utf-8") as report:  # noqa: PTH123
-            report.write(text)
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Prints what was measured."""
+    for title, text in config.stash.get(SECTIONS, []):
+        terminalreporter.section(title)
+        terminalreporter.write_line(text)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -61,17 +61,23 @@ class Job:
         return status
 
     @property
-    def step(self) -> int:
-        """The step that rank 0 is known to have done, asked of the pod itself."""
+    def progress(self) -> dict[str, Any]:
+        """What rank 0 of the newest attempt says of itself, asked of its pod; empty while it does not answer."""
         pods = [pod for pod in self.pods() if _index(pod) == 0]
         if not pods:
-            return 0
+            return {}
         try:
             pod = pods[-1]["metadata"]["name"]
             path = f"/api/v1/namespaces/{self.kubectl.namespace}/pods/{pod}:8080/proxy/progress"
-            return int(json.loads(self.kubectl("get", "--raw", path))["step"])
-        except (AssertionError, KeyError, ValueError):
-            return 0
+            report: dict[str, Any] = json.loads(self.kubectl("get", "--raw", path))
+        except (AssertionError, ValueError):
+            return {}
+        return report
+
+    @property
+    def step(self) -> int:
+        """The step that rank 0 is known to have done."""
+        return int(self.progress.get("step", 0))
 
     def pods(self, attempt: int | None = None) -> list[dict[str, Any]]:
         """The pods of one attempt (default: the newest), by index."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from tests.e2e.cluster import ROOT, Cluster
+from tests.e2e.cluster import ROOT, Cluster, kill_rank
 from tests.e2e.jobs import CLAIM, HELD_OUT, Job, start
 from tests.e2e.kube import wait_for
 
@@ -27,6 +27,7 @@ class Gallery:
 
     def __init__(self, cluster: Cluster) -> None:
         self.kubectl = cluster.kubectl
+        self.registry = cluster.images["trainer"].partition("/")[0]
         self.sections: list[str] = []
 
     def look(self, title: str, job: Job) -> str:
@@ -42,12 +43,12 @@ class Gallery:
         return get + wide + describe
 
     def text(self) -> str:
-        return HEAD + "\n".join(self.sections)
+        return HEAD + "\n".join(self.sections).replace(f"{self.registry}/", "registry.example.com/")
 
 
 HEAD = """# What you see
 
-Printed by a real cluster; `UPDATE_DOCS=1 make test-display` writes this page again.
+Printed by a real cluster; `UPDATE_DOCS=1 make test TESTS=tests/e2e/test_display.py` writes this page again.
 
 """
 
@@ -85,7 +86,7 @@ def test_running_then_restarted(cluster: Cluster, gallery: Gallery) -> None:
     shown = gallery.look("Running", job)
     assert "Running" in shown
     assert "/5000 (" in shown
-    cluster.kill_rank(job.pods()[0]["metadata"]["name"])
+    kill_rank(cluster.kubectl, job.pods()[0]["metadata"]["name"])
     job.wait("restart", lambda status: status.get("restarts") == 1)
     job.wait_step(8)
     job.wait("progress again", lambda status: status.get("state") == "Running")
@@ -101,7 +102,9 @@ def test_suspended(cluster: Cluster, gallery: Gallery) -> None:
     job.wait_state("Suspended")
     wait_for("its pods to leave", lambda: not [p for p in job.pods() if p["status"]["phase"] == "Running"], 60)
     shown = gallery.look("Suspended", job)
-    assert "suspend" in job.status["message"]
+    status = job.status
+    assert "suspend" in status["message"]
+    assert status["progress"]["step"] == status["lastCheckpoint"]["step"] >= 3, "what was saved on the way out counts"
     assert "Suspended" in shown
     _delete(job)
 
@@ -119,7 +122,7 @@ def test_suspended(cluster: Cluster, gallery: Gallery) -> None:
         (
             "missing-image",
             "Missing its image",
-            {"trainer": {"image": "registry.invalid/no/such:image"}},
+            {"trainer": {"image": "$TRAINER:no-such-tag"}},
             "ImagePullFailed",
             "trainer.image",
         ),
@@ -129,6 +132,8 @@ def test_suspended(cluster: Cluster, gallery: Gallery) -> None:
 def test_cannot_start(
     cluster: Cluster, gallery: Gallery, name: str, title: str, spec: dict[str, Any], reason: str, says: str
 ) -> None:
+    if image := spec["trainer"].get("image"):
+        spec = {"trainer": {"image": image.replace("$TRAINER", cluster.images["trainer"].rpartition(":")[0])}}
     job = start(cluster.kubectl, name, spec)
     job.wait(reason, lambda status: status.get("reason") == reason)
     shown = gallery.look(title, job)
@@ -151,7 +156,7 @@ def test_out_of_restarts(cluster: Cluster, gallery: Gallery) -> None:
     job = start(cluster.kubectl, "out-of-restarts", {**LONG, "recovery": {"backoffLimit": 1}})
     for attempt in (1, 2):
         wait_for(f"attempt {attempt}", lambda: job.pods(attempt), 60)  # noqa: B023
-        _once_training(job, attempt, lambda: cluster.kill_rank(job.pods()[0]["metadata"]["name"]))
+        _once_training(job, attempt, lambda: kill_rank(cluster.kubectl, job.pods()[0]["metadata"]["name"]))
     job.wait_state("Failed")
     shown = gallery.look("Out of restarts", job)
     assert "BackoffLimitExceeded" in shown

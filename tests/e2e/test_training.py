@@ -13,16 +13,17 @@ pytestmark = pytest.mark.cluster
 
 SPEC: dict[str, Any] = {
     "model": {"uri": SMOLLM2},
-    "training": {"maxSteps": 8, "maxLength": 256, "globalBatchSize": 2, "learningRate": "3e-3"},
-    "trainer": {"resourcesPerNode": {"requests": {"cpu": "500m"}, "limits": {"cpu": "2", "memory": "4Gi"}}},
+    "training": {"maxSteps": 6, "maxLength": 256, "globalBatchSize": 2, "learningRate": "3e-3"},
 }
+TWO_CPUS = {"resourcesPerNode": {"requests": {"cpu": "500m"}, "limits": {"cpu": "2", "memory": "4Gi"}}}
+"""For the job of one process: as many threads as the two pods of the others have together."""
 TOLERANCE = 2e-5
 """Relative difference of losses: float32 sums in another order (the gradients of two ranks are added, not one's)."""
 
 
 @pytest.fixture(scope="module")
 def one_process(cluster: Cluster) -> Job:
-    job = start(cluster.kubectl, "one-process", SPEC)
+    job = start(cluster.kubectl, "one-process", {**SPEC, "trainer": TWO_CPUS})
     job.complete(timeout=600)
     return job
 
@@ -34,7 +35,7 @@ def test_held_out_loss_falls(cluster: Cluster, one_process: Job) -> None:
 
 @pytest.mark.parametrize("stage", [2, 3], ids=["zero2", "zero3"])
 def test_two_nodes_give_what_one_process_gives(cluster: Cluster, one_process: Job, stage: int) -> None:
-    two_nodes = {"trainer": {**SPEC["trainer"], "numNodes": 2}, "deepspeed": {"zeroStage": stage}}
+    two_nodes = {"trainer": {"numNodes": 2}, "deepspeed": {"zeroStage": stage}}
     job = start(cluster.kubectl, f"two-nodes-zero{stage}", {**SPEC, **two_nodes})
     job.wait_state("Running")
     assert len({pod["spec"]["nodeName"] for pod in job.pods()}) == 2, "pods stand on different nodes"
