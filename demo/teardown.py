@@ -26,7 +26,9 @@ def down(arguments: Sequence[str]) -> int:
         if info["provider"] == "kubeconfig" and info["running"]:
             binary = run([*cluster, "tool", "kubectl"], log).strip()
             _clean(Kubectl(binary, info["kubeconfig"], NAMESPACE, log))
-        print(run([*cluster, "down", *arguments], log), end="")
+        run([*cluster, "down", *arguments], log)
+        kept = "" if "--purge" in arguments else f"; what was built and downloaded stays in {cache_dir()}"
+        print(f"down: nothing of ours runs any more{kept}")
     except CommandError as error:
         print(f"failed: {error}\n  log: {log}", file=sys.stderr)
         return 1
