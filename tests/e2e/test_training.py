@@ -13,7 +13,7 @@ pytestmark = pytest.mark.cluster
 
 SPEC: dict[str, Any] = {
     "model": {"uri": SMOLLM2},
-    "training": {"maxSteps": 6, "maxLength": 256, "globalBatchSize": 2, "learningRate": "3e-3"},
+    "training": {"maxSteps": 8, "maxLength": 256, "globalBatchSize": 2, "learningRate": "3e-3"},
 }
 TWO_CPUS = {"resourcesPerNode": {"requests": {"cpu": "500m"}, "limits": {"cpu": "2", "memory": "4Gi"}}}
 """For the job of one process: as many threads as the two pods of the others have together."""
@@ -30,7 +30,7 @@ def one_process(cluster: Cluster) -> Job:
 
 def test_held_out_loss_falls(cluster: Cluster, one_process: Job) -> None:
     result = _report(cluster, one_process)
-    assert result["eval_loss"] < result["base_eval_loss"] - 0.03
+    assert result["eval_loss"] < result["base_eval_loss"] - 0.05
 
 
 @pytest.mark.parametrize("stage", [2, 3], ids=["zero2", "zero3"])
