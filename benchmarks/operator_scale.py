@@ -38,7 +38,7 @@ from finetune_operator.shell.errors import ApiError, ConflictError, NotFoundErro
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.watching import Watch, percentiles, say
+from benchmarks.watching import Watch, command_line, percentiles, say
 
 FINETUNEJOBS, JOBS, NAMESPACES = path_of(Kind.FINE_TUNE_JOB), path_of(Kind.JOB), ("/api/v1", "namespaces")
 QUIET_SECONDS = 10.0
@@ -374,15 +374,12 @@ async def run(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser = command_line(__doc__)
     parser.add_argument("count", type=int, help="FineTuneJobs")
-    parser.add_argument("--kubeconfig", default=os.environ.get("KUBECONFIG"), help="default: $KUBECONFIG")
     parser.add_argument("--idle", type=int, default=0, help="single jobs on the idle cluster before")
     parser.add_argument("--image", help="for --idle: an image that the nodes can run, to measure until pods run")
     parser.add_argument("--log", default="operator_scale.log", help="the operator's log")
     args = parser.parse_args()
-    if not args.kubeconfig:
-        parser.error("--kubeconfig or $KUBECONFIG is needed")
     print(json.dumps(asyncio.run(run(args)), indent=2))
     return 0
 

@@ -1,6 +1,8 @@
 """What the benchmarks share: a watch with our own clock, and how figures are summed up."""
 
+import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -9,6 +11,14 @@ from typing import Any
 import aiohttp
 
 from finetune_operator.shell.api import Api
+
+
+def command_line(doc: str | None) -> argparse.ArgumentParser:
+    """A parser with a program's first line and the cluster to work on."""
+    parser = argparse.ArgumentParser(description=(doc or "").partition("\n")[0])
+    default = os.environ.get("KUBECONFIG") or None
+    parser.add_argument("--kubeconfig", default=default, required=default is None, help="default: $KUBECONFIG")
+    return parser
 
 
 def say(text: str) -> None:
