@@ -51,6 +51,17 @@ def test_operator_pod_is_restricted(values: Path) -> None:
 
 
 @by_values
+def test_operator_leaves_a_lost_node(values: Path) -> None:
+    """Kubernetes' own default would keep the only operator on a dead node for 5 minutes."""
+    tolerations = one(render(values=values), "Deployment")["spec"]["template"]["spec"]["tolerations"]
+    given: dict[str, Any] = yaml.safe_load(values.read_text())
+    seconds = {item["key"]: item["tolerationSeconds"] for item in tolerations if "tolerationSeconds" in item}
+    expected = given.get("nodeLostSeconds", 5)
+    assert seconds == {"node.kubernetes.io/unreachable": expected, "node.kubernetes.io/not-ready": expected}
+    assert [item for item in tolerations if "tolerationSeconds" not in item] == given.get("tolerations", [])
+
+
+@by_values
 def test_operator_understands_its_arguments(values: Path) -> None:
     container = one(render(values=values), "Deployment")["spec"]["template"]["spec"]["containers"][0]
     config = resolve_config(container["args"], {"POD_NAMESPACE": helm.NAMESPACE, "POD_NAME": "operator-0"})

@@ -49,6 +49,12 @@ class Cluster:
         node: str = self.kubectl.get("pod", TOOLBOX)["spec"]["nodeName"]
         return node
 
+    @property
+    def other_node(self) -> str:
+        """A node that the tests can do without."""
+        nodes: list[str] = [node["metadata"]["name"] for node in self.kubectl.list("nodes")]
+        return next(node for node in nodes if node != self.toolbox_node)
+
     def result(self, job: Job) -> Result:
         """What the job exported, read from the volume."""
         folder = f"/mnt/{job.object['spec']['output']['uri'].removeprefix('pvc://' + CLAIM + '/')}"
@@ -81,6 +87,18 @@ class Cluster:
         """Takes every operator pod away at once, without a grace period."""
         names = [pod["metadata"]["name"] for pod in self.operator_pods()]
         self.kubectl("delete", "pod", *names, "--grace-period=0", "--force", "--wait=true")
+
+    def move_operator(self, node: str) -> None:
+        """Brings the operator to a node: no other takes pods until it stands there."""
+        if {pod["spec"]["nodeName"] for pod in self.operator_pods()} == {node}:
+            return
+        others = [body["metadata"]["name"] for body in self.kubectl.list("nodes") if body["metadata"]["name"] != node]
+        self.kubectl("cordon", *others)
+        try:
+            self.kill_operator()
+            self.wait_operator()
+        finally:
+            self.kubectl("uncordon", *others)
 
     def scale_operator(self, replicas: int) -> None:
         self.kubectl("scale", "deployment", RELEASE, f"--replicas={replicas}")

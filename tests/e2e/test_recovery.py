@@ -71,18 +71,16 @@ def test_gang_restarts(
     _finish(cluster, job, unbroken, recovery_table, reason, at)
 
 
-@pytest.mark.parametrize("how", ["stop", "kill"], ids=["kubelet-stopped", "power-lost"])
-def test_lost_node(cluster: Cluster, unbroken: Result, recovery_table: list[Row], how: str) -> None:
-    """A kubelet that stops leaves its pods running, unseen: the next attempt fences them off. Lost power ends all at once."""
-    job = start(cluster.kubectl, f"node-lost-{how}", SPEC)
-    job.wait_step(BREAK_AT)
-    node = next(name for name in _nodes(job) if name != cluster.toolbox_node)
-    at = now()
-    try:
-        cluster.lose_node(how, node)
-        _finish(cluster, job, unbroken, recovery_table, "NodeLost", at)
-    finally:
-        cluster.start_node(node)
+def test_lost_node_kubelet_stopped(cluster: Cluster, unbroken: Result, recovery_table: list[Row]) -> None:
+    """The pods run on, unseen: the next attempt fences them off. The operator is on the other node."""
+    cluster.move_operator(cluster.toolbox_node)
+    _lose_node(cluster, unbroken, recovery_table, "stop")
+
+
+def test_lost_node_power_lost(cluster: Cluster, unbroken: Result, recovery_table: list[Row]) -> None:
+    """All on the node ends at once, the only operator too: first it comes back elsewhere, then the job does."""
+    cluster.move_operator(cluster.other_node)
+    _lose_node(cluster, unbroken, recovery_table, "kill")
 
 
 def test_operator_killed(cluster: Cluster, unbroken: Result, recovery_table: list[Row]) -> None:
@@ -99,6 +97,19 @@ def test_operator_killed(cluster: Cluster, unbroken: Result, recovery_table: lis
     assert {pod["metadata"]["uid"] for pod in job.pods()} == before
     assert cluster.result(job) == unbroken
     recovery_table.append(Row("operator-killed", "", back, 0, 0, 0))
+
+
+def _lose_node(cluster: Cluster, unbroken: Result, table: list[Row], how: str) -> None:
+    job = start(cluster.kubectl, f"node-lost-{how}", SPEC)
+    job.wait_step(BREAK_AT)
+    node = cluster.other_node
+    assert node in _nodes(job)
+    at = now()
+    try:
+        cluster.lose_node(how, node)
+        _finish(cluster, job, unbroken, table, "NodeLost", at)
+    finally:
+        cluster.start_node(node)
 
 
 def _finish(cluster: Cluster, job: Job, unbroken: Result, table: list[Row], reason: str, at: float) -> None:
