@@ -56,6 +56,8 @@ def _rows(node: dict[str, Any], path: str) -> list[str]:
         rows.append(
             f"| `{here}` | {_type(child)} | {_default(child)} | {_cell(child.get('description', ''))}{required} |"
         )
+        if child.get("x-kubernetes-preserve-unknown-fields"):
+            continue
         inner = child.get("items", child)
         rows += _rows(inner, here + ("[]" if "items" in child else ""))
     return rows
