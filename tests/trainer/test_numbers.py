@@ -22,12 +22,14 @@ from tests.trainer.conftest import Assets, StartPod
 CPU = torch.device("cpu")
 
 
+def store_of(file: Path) -> TokenStore:
+    dataset = LaunchDataset(uri="x", source=PathSource(path=str(file)), format=DatasetFormat.AUTO, max_samples=None)
+    return build_store([(dataset, file)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
+
+
 @pytest.fixture(scope="module")
 def store(assets: Assets) -> TokenStore:
-    dataset = LaunchDataset(
-        uri="x", source=PathSource(path=str(assets.train)), format=DatasetFormat.AUTO, max_samples=None
-    )
-    return build_store([(dataset, assets.train)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
+    return store_of(assets.train)
 
 
 def load(assets: Assets, attention: str) -> Any:
