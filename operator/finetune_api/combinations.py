@@ -62,7 +62,24 @@ def _cel(name: str, values: tuple[str | int, ...]) -> str:
     return f"has(self.adapter) && {test}" if name == "variant" else test
 
 
-REFUSALS: tuple[Refusal, ...] = ()
+REFUSALS: tuple[Refusal, ...] = (
+    Refusal(
+        {"offload_optimizer": ("CPU",), "optimizer": ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit")},
+        "DeepSpeed computes an offloaded optimizer's step on the CPU, with its own AdamW only; use `AdamW`, or no offloading",
+    ),
+    Refusal(
+        {"method": ("QLoRA",), "zero_stage": (3,)},
+        "bitsandbytes' quantised weights cannot be partitioned as they are loaded; use `deepspeed.zeroStage` 0, 1 or 2",
+    ),
+    Refusal(
+        {"variant": ("DoRA",), "zero_stage": (3,)},
+        "DoRA needs the norm of every whole weight, which ZeRO-3 keeps in parts; use `deepspeed.zeroStage` 0, 1 or 2",
+    ),
+    Refusal(
+        {"activation_checkpointing": ("SelectiveOp",), "zero_stage": (3,)},
+        "ZeRO-3 needs PyTorch's reentrant checkpointing, which cannot choose operators; use `SelectiveLayer` or `Full`",
+    ),
+)
 
 
 def check(combination: Combination) -> str | None:

@@ -16,6 +16,7 @@ from finetune_trainer.deepspeed_block import check_block, merged
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.model import load_model
 from finetune_trainer.optimizers import build_optimizer
+from finetune_trainer.quirks import tame_deepspeed
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
 
@@ -29,7 +30,8 @@ def spec_of(assets: Assets, **changes: Any) -> LaunchSpec:
 
 
 def load(assets: Assets, **changes: Any) -> Any:
-    return load_model(assets.model, spec_of(assets, **changes), {}).train()
+    tame_deepspeed()
+    return load_model(assets.model, spec_of(assets, **changes), {})
 
 
 def plain(layers: int = 4, tied: bool = False) -> Any:
@@ -133,6 +135,12 @@ def test_selective_op_knows_attention_by_its_name() -> None:
     kept = ["aten.mm.default", "aten._scaled_dot_product_flash_attention.default", "torch_attn._varlen_attn.default"]
     assert all(map(is_kept, kept))
     assert not any(map(is_kept, ["aten.mul.Tensor", "aten.silu.default", "aten.native_dropout.default"]))
+
+
+@pytest.mark.parametrize("changes", [{}, FULL, QLORA], ids=["LoRA", "Full", "QLoRA"])
+def test_every_module_is_in_training_mode(assets: Assets, changes: dict[str, Any]) -> None:
+    """Else dropout and recomputation would begin with the first evaluation, at another step in a resumed run."""
+    assert all(module.training for module in load(assets, **changes).modules())
 
 
 def test_quantised_base_keeps_the_precision_of_what_is_not_quantised(assets: Assets) -> None:

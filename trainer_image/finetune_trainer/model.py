@@ -116,4 +116,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     elif spec.freeze is not None:
         freeze(model, spec.freeze, spec.model.uri)
     checkpoint_activations(model, spec.training.activation_checkpointing, reentrant=spec.deepspeed.zero_stage == 3)
+    # from_pretrained leaves the model in eval mode: no dropout, no recomputation. The first evaluation would end that, but a run
+    # may have none, and a resumed run has none before its first step.
+    model.train()
     return model
