@@ -91,6 +91,12 @@ NonNegativeDecimal = _decimal(
     'must be a decimal number of 0 or more, in quotes, such as "1.0"', "double(self) >= 0.0", lambda x: x >= 0
 )
 """A norm."""
+LoraPlusRatio = _decimal(
+    'must be a decimal number from 1 to 1000, in quotes, such as "16"',
+    "double(self) >= 1.0 && double(self) <= 1000.0",
+    lambda x: 1 <= x <= 1000,
+)
+"""A multiple of the learning rate."""
 
 _CLAIM = r"pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _HUB = r"hf://(datasets/)?[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*"

@@ -113,6 +113,8 @@ def _structural(node: dict[str, Any], definitions: dict[str, Any], name: str = "
             "maxLength": 32,
             VALIDATIONS: merged[VALIDATIONS],
         }
+    if free := merged.pop("x-finetune-structural", None):
+        return {**_description(merged), **free}
     out = {key: value for key, value in merged.items() if key in _KEPT} | _description(merged)
     if "const" in merged:
         out["enum"] = [merged["const"]]

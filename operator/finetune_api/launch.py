@@ -9,12 +9,16 @@ from typing import Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel
+from finetune_api.deepspeed_config import DeepSpeedConfig
 from finetune_api.spec import (
     ActivationCheckpointing,
+    AdapterVariant,
     DatasetFormat,
     Method,
     Offload,
+    Optimizer,
     Precision,
+    QuantizationBits,
     Scheduler,
     ZeroStage,
 )
@@ -62,6 +66,36 @@ class LaunchAdapter(ApiModel):
     dropout: float
     target_modules: list[str]
     """Module names; `["All"]` is every linear layer but the head."""
+    variant: AdapterVariant
+    lora_plus_ratio: float | None
+    """None: B matrices learn at the same rate."""
+
+
+class LaunchFreeze(ApiModel):
+    trainable_layers: int
+    """The last n decoder layers; negative: the first n."""
+    trainable_modules: list[str]
+    """Names within the layers, or `["All"]`."""
+    extra_modules: list[str]
+    """Names outside the layers."""
+
+
+class LaunchQuantization(ApiModel):
+    bits: QuantizationBits
+    double_quantization: bool
+
+
+class LaunchSchedulerParameters(ApiModel):
+    """Every parameter has its value, whichever the scheduler uses."""
+
+    num_cycles: int
+    min_lr_rate: float
+    lr_end: float
+    power: float
+    timescale: int | None
+    """None: the steps of warm-up, or 10,000 without."""
+    num_decay_steps: int | None
+    """None: two thirds of the steps after warm-up."""
 
 
 class LaunchTraining(ApiModel):
@@ -87,12 +121,21 @@ class LaunchTraining(ApiModel):
     activation_checkpointing: ActivationCheckpointing
     seed: int
     eval_every_steps: int | None
+    optimizer: Optimizer
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    warmup_steps: int | None
+    """Set: `warmup_ratio` is 0 and has no meaning."""
+    scheduler_parameters: LaunchSchedulerParameters
 
 
 class LaunchDeepSpeed(ApiModel):
     zero_stage: ZeroStage
     offload_optimizer: Offload
     offload_parameters: Offload
+    config: DeepSpeedConfig | None
+    """DeepSpeed's own names, merged last."""
 
 
 class LaunchCheckpoint(ApiModel):
@@ -138,12 +181,16 @@ class LaunchSpec(ApiModel):
     evaluation: list[LaunchDataset]
     method: Method
     adapter: LaunchAdapter | None
-    """None for `Full`."""
+    """None for `Full` and `Freeze`."""
     training: LaunchTraining
     deepspeed: LaunchDeepSpeed
     checkpoint: LaunchCheckpoint
     output_dir: str
     cache_dir: str
+    freeze: LaunchFreeze | None
+    """Only for `Freeze`."""
+    quantization: LaunchQuantization | None
+    """Only for `QLoRA`."""
 
     @property
     def world_size(self) -> int:

@@ -1,15 +1,19 @@
 """Generates the users' reference from the models: `python -m finetune_api.reference [--check]`.
 
-Two pages: every field of a FineTuneJob with type, default and limits, and every failure reason with what follows from it.
+Three pages: every field of a FineTuneJob with type, default and limits, every failure reason with what follows from it, and which
+choices go together.
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from finetune_api.base import VALIDATIONS
+from finetune_api.combinations import FIELDS, REFUSALS, Combination, check
 from finetune_api.crd import ROOT, custom_resource_definition
 from finetune_api.reasons import FAILURES
+from finetune_api.spec import ActivationCheckpointing, AdapterVariant, Method, Offload, Optimizer, Precision, ZeroStage
 
 NOTE = "<!-- Generated from operator/finetune_api by `make generate`. Do not edit. -->\n\n"
 
@@ -45,7 +49,76 @@ def failures_page() -> str:
     return NOTE + "\n".join(lines) + "\n"
 
 
-PAGES = {ROOT / "docs" / "job-reference.md": fields_page, ROOT / "docs" / "failures.md": failures_page}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "method": tuple(map(str, Method)),
+    "variant": tuple(map(str, AdapterVariant)),
+    "zero_stage": tuple(map(int, ZeroStage)),
+    "offload_optimizer": tuple(map(str, Offload)),
+    "offload_parameters": tuple(map(str, Offload)),
+    "precision": tuple(map(str, Precision)),
+    "optimizer": tuple(map(str, Optimizer)),
+    "activation_checkpointing": tuple(map(str, ActivationCheckpointing)),
+}
+"""Every value of every choice that is combined."""
+
+
+def combinations_page() -> str:
+    """The page of combinations: what is refused and why, and each pair of choices as a cell."""
+    lines = [
+        "# Which choices go together",
+        "",
+        "A refused combination is refused when the job is applied, with the reason. Everything else trains:",
+        "`benchmarks/combinations.py` runs two steps of each on the machine that it is started on.",
+        "",
+        "| refused | because |",
+        "| --- | --- |",
+    ]
+    for refusal in REFUSALS:
+        said = ", ".join(f"`{FIELDS[name]}: {' / '.join(map(str, values))}`" for name, values in refusal.when.items())
+        lines.append(f"| {said} | {_cell(refusal.reason)} |")
+    lines += [
+        "| `deepspeed.offloadOptimizer: CPU`, `deepspeed.zeroStage: 0` | there is no partition to offload |",
+        "| `deepspeed.offloadParameters: CPU`, `deepspeed.zeroStage: 0 / 1 / 2` | only ZeRO-3 partitions parameters |",
+        "",
+        "## With each ZeRO stage",
+        "",
+        *_pairs("zero_stage"),
+        "",
+        "## With the optimizer's state on the CPU (`deepspeed.offloadOptimizer: CPU`)",
+        "",
+        *_pairs("offload_optimizer"),
+        "",
+        "## What is the same whatever the choice",
+        "",
+        "- With `precision: PureBF16` the 8-bit optimizers keep their scales in float32, and `PagedAdamW` its moments.",
+        "- `PureBF16` rounds each update to bfloat16, as LLaMA-Factory's `pure_bf16` does: an update below half a bit of a",
+        "  weight is lost. Prefer `BF16` where memory allows.",
+        "- On a CPU the paged optimizers do not page, and say so; they compute the same.",
+    ]
+    return NOTE + "\n".join(lines) + "\n"
+
+
+def _pairs(column: str) -> list[str]:
+    columns = CHOICES[column]
+    rows = [f"| `{FIELDS[column]}` | {' | '.join(map(str, columns))} |", "| --- |" + " --- |" * len(columns)]
+    for name, values in CHOICES.items():
+        if name in (column, "zero_stage", "offload_optimizer", "offload_parameters"):
+            continue
+        for value in values:
+            cells = ["refused" if check(_pair(column, at, name, value)) else "yes" for at in columns]
+            rows.append(f"| `{FIELDS[name]}: {value}` | {' | '.join(cells)} |")
+    return rows
+
+
+def _pair(column: str, at: Any, name: str, value: Any) -> Combination:
+    return replace(Combination(), **{column: at, name: value})
+
+
+PAGES = {
+    ROOT / "docs" / "job-reference.md": fields_page,
+    ROOT / "docs" / "failures.md": failures_page,
+    ROOT / "docs" / "combinations.md": combinations_page,
+}
 
 
 def _rows(node: dict[str, Any], path: str) -> list[str]:
@@ -56,6 +129,8 @@ def _rows(node: dict[str, Any], path: str) -> list[str]:
         rows.append(
             f"| `{here}` | {_type(child)} | {_default(child)} | {_cell(child.get('description', ''))}{required} |"
         )
+        if child.get("x-kubernetes-preserve-unknown-fields"):
+            continue
         inner = child.get("items", child)
         rows += _rows(inner, here + ("[]" if "items" in child else ""))
     return rows

@@ -9,10 +9,12 @@ from typing import Annotated
 
 from pydantic import Field
 
+from finetune_api import combinations
 from finetune_api.base import (
     ApiModel,
     DatasetUri,
     EnvVarName,
+    LoraPlusRatio,
     ModelUri,
     NonNegativeDecimal,
     PositiveDecimal,
@@ -21,6 +23,7 @@ from finetune_api.base import (
     VolumeUri,
     rules,
 )
+from finetune_api.deepspeed_config import DeepSpeedConfig
 
 Short = Annotated[str, Field(min_length=1, max_length=253)]
 QUANTITY = "must be a positive Kubernetes quantity such as `4`, `500m` or `16Gi`"
@@ -47,22 +50,51 @@ class DatasetFormat(StrEnum):
 class Method(StrEnum):
     FULL = "Full"
     LORA = "LoRA"
+    FREEZE = "Freeze"
+    QLORA = "QLoRA"
 
 
 class Scheduler(StrEnum):
     CONSTANT = "Constant"
     LINEAR = "Linear"
     COSINE = "Cosine"
+    COSINE_WITH_RESTARTS = "CosineWithRestarts"
+    COSINE_WITH_MIN_LR = "CosineWithMinLR"
+    POLYNOMIAL = "Polynomial"
+    INVERSE_SQRT = "InverseSqrt"
+    WARMUP_STABLE_DECAY = "WarmupStableDecay"
 
 
 class Precision(StrEnum):
     BF16 = "BF16"
     FP32 = "FP32"
+    PURE_BF16 = "PureBF16"
 
 
 class ActivationCheckpointing(StrEnum):
     NONE = "None"
     FULL = "Full"
+    SELECTIVE_OP = "SelectiveOp"
+    SELECTIVE_LAYER = "SelectiveLayer"
+    FULL_OFFLOAD = "FullOffload"
+
+
+class AdapterVariant(StrEnum):
+    LORA = "LoRA"
+    DORA = "DoRA"
+    RSLORA = "RSLoRA"
+
+
+class Optimizer(StrEnum):
+    ADAMW = "AdamW"
+    ADAMW_8BIT = "AdamW8bit"
+    PAGED_ADAMW = "PagedAdamW"
+    PAGED_ADAMW_8BIT = "PagedAdamW8bit"
+
+
+class QuantizationBits(IntEnum):
+    FOUR = 4
+    EIGHT = 8
 
 
 class Offload(StrEnum):
@@ -144,6 +176,59 @@ class AdapterSpec(ApiModel):
     """Dropout on the adapter's input."""
     target_modules: Annotated[list[Short], Field(min_length=1, max_length=64)] = ["All"]
     """Names of the linear layers that get an adapter, or `All` for every one but the head."""
+    variant: AdapterVariant = AdapterVariant.LORA
+    """DoRA learns a magnitude for each output beside the direction; RSLoRA scales by alpha / sqrt(rank)."""
+    lora_plus_ratio: LoraPlusRatio | None = None
+    """LoRA+: the B matrices learn at this multiple of the learning rate, a decimal in quotes such as "16". Absent: the same
+    rate for both."""
+
+
+class FreezeSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "self.trainableLayers != 0 || (has(self.extraModules) && size(self.extraModules) > 0)",
+                "`trainableLayers: 0` needs `extraModules`, or nothing would be trained",
+            ),
+        )
+    }
+
+    trainable_layers: Annotated[int, Field(ge=-1024, le=1024)] = 2
+    """Decoder layers that are trained: the last n, or with a negative number the first n."""
+    trainable_modules: Annotated[list[Short], Field(min_length=1, max_length=64)] = ["All"]
+    """Names of the modules within these layers, such as `mlp` or `q_proj`, or `All`."""
+    extra_modules: Annotated[list[Short], Field(max_length=64)] = []
+    """Names of modules outside the layers that are trained too, such as `lm_head`, `embed_tokens` or `norm`."""
+
+
+class QuantizationSpec(ApiModel):
+    bits: QuantizationBits = QuantizationBits.FOUR
+    """4: NF4 in blocks of 64. 8: LLM.int8(). The layers that get no adapter are quantised as well, all but the head."""
+    double_quantization: bool = True
+    """Quantise the scales of the 4-bit blocks again; it saves 0.4 bits a parameter. Without effect for 8 bits."""
+
+
+class SchedulerParametersSpec(ApiModel):
+    num_cycles: Annotated[int, Field(ge=1, le=10000)] | None = None
+    """CosineWithRestarts: half waves from the peak to 0. Absent: 1."""
+    min_lr_rate: Ratio | None = None
+    """CosineWithMinLR and WarmupStableDecay: the lowest rate as a share of the peak. Absent: 0.1 and 0."""
+    lr_end: PositiveDecimal | None = None
+    """Polynomial: the rate at the end. Absent: 1e-7."""
+    power: NonNegativeDecimal | None = None
+    """Polynomial: its power. Absent: 1."""
+    timescale: Annotated[int, Field(ge=1, le=100000000)] | None = None
+    """InverseSqrt: steps in which the rate falls to 0.71 of the peak. Absent: the steps of warm-up, or 10,000 without."""
+    num_decay_steps: Annotated[int, Field(ge=1, le=100000000)] | None = None
+    """WarmupStableDecay: steps of the decay (a half cosine) at the end. Absent: two thirds of the steps after warm-up."""
+
+
+def _only_for(field: str, schedulers: str) -> tuple[str, str]:
+    names = schedulers.split(" and ")
+    return (
+        f"!has(self.schedulerParameters) || !has(self.schedulerParameters.{field}) || self.scheduler in {names}",
+        f"`schedulerParameters.{field}` is only for `scheduler: {schedulers}`; remove it",
+    )
 
 
 class TrainingSpec(ApiModel):
@@ -154,6 +239,16 @@ class TrainingSpec(ApiModel):
                 "self.globalBatchSize % self.microBatchSize == 0",
                 "`globalBatchSize` must be a multiple of `microBatchSize`",
             ),
+            (
+                "!(has(self.warmupRatio) && has(self.warmupSteps))",
+                "set `warmupRatio` or `warmupSteps`, not both",
+            ),
+            _only_for("numCycles", "CosineWithRestarts"),
+            _only_for("minLrRate", "CosineWithMinLR and WarmupStableDecay"),
+            _only_for("lrEnd", "Polynomial"),
+            _only_for("power", "Polynomial"),
+            _only_for("timescale", "InverseSqrt"),
+            _only_for("numDecaySteps", "WarmupStableDecay"),
         )
     }
 
@@ -170,23 +265,39 @@ class TrainingSpec(ApiModel):
     max_steps: Annotated[int, Field(ge=1, le=100000000)] | None = None
     """Optimizer steps, over as many passes as they take."""
     learning_rate: PositiveDecimal | None = None
-    """Peak learning rate, a decimal in quotes. Absent: 2e-4 for LoRA, 2e-5 for Full."""
+    """Peak learning rate, a decimal in quotes. Absent: 2e-4 for LoRA and QLoRA, 2e-5 for Full and Freeze."""
     scheduler: Scheduler = Scheduler.COSINE
     """Course of the learning rate after warm-up."""
-    warmup_ratio: Ratio = "0.03"
-    """Share of all steps in which the learning rate rises from 0."""
+    warmup_ratio: Ratio | None = None
+    """Share of all steps in which the learning rate rises from 0. Absent: 0.03, unless `warmupSteps` is set."""
     weight_decay: Ratio = "0"
     """AdamW's decoupled weight decay."""
     max_grad_norm: NonNegativeDecimal = "1"
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Precision = Precision.BF16
-    """BF16: bfloat16 compute with float32 master weights. FP32: float32 throughout."""
+    """BF16: bfloat16 compute with float32 master weights. FP32: float32 throughout. PureBF16: weights, gradients and Adam's
+    moments in bfloat16 only, a quarter of the memory; updates smaller than half a bit of a weight are lost to rounding."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
-    """Full recomputes every layer's activations in the backward pass: less memory, about a fifth slower."""
+    """Full recomputes every layer's activations in the backward pass: less memory, about a fifth slower. FullOffload also
+    keeps the layers' inputs in CPU memory. SelectiveLayer recomputes every second layer. SelectiveOp keeps the results of
+    matrix products and attention and recomputes the rest."""
     seed: Annotated[int, Field(ge=0, le=4294967295)] = 42
     """Seed of data order, dropout and new weights."""
     eval_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also evaluate after every so many steps."""
+    optimizer: Optimizer = Optimizer.ADAMW
+    """AdamW; with its moments in 8 bits (AdamW8bit); with moments that move to CPU memory when the GPU's is full (PagedAdamW,
+    PagedAdamW8bit; on a CPU the same without paging)."""
+    adam_beta1: Ratio = "0.9"
+    """Decay of Adam's first moment."""
+    adam_beta2: Ratio = "0.999"
+    """Decay of Adam's second moment."""
+    adam_epsilon: PositiveDecimal = "1.0e-8"
+    """Adam's epsilon."""
+    warmup_steps: Annotated[int, Field(ge=0, le=100000000)] | None = None
+    """Steps in which the learning rate rises from 0; instead of `warmupRatio`."""
+    scheduler_parameters: SchedulerParametersSpec | None = None
+    """Parameters of some schedulers, named as in transformers."""
 
 
 class DeepSpeedSpec(ApiModel):
@@ -209,6 +320,10 @@ class DeepSpeedSpec(ApiModel):
     """Keep the optimizer state, and its computation, on the CPU."""
     offload_parameters: Offload = Offload.NONE
     """Keep the parameters in CPU memory between uses."""
+    config: DeepSpeedConfig | None = None
+    """DeepSpeed settings that have no field here, in DeepSpeed's own names, merged over what the fields give, such as
+    `{zero_optimization: {zero_hpz_partition_size: 8}}`. What a field decides is refused here; the rest is checked by
+    DeepSpeed's own schema before the model is loaded."""
 
 
 class ResourcesSpec(ApiModel):
@@ -319,7 +434,7 @@ class RecoverySpec(ApiModel):
 
 class OutputSpec(ApiModel):
     uri: VolumeUri
-    """Folder that receives the adapter (LoRA) or the model (Full), in Hugging Face layout."""
+    """Folder that receives the adapter (LoRA, QLoRA) or the model (Full, Freeze), in Hugging Face layout."""
 
 
 class CacheSpec(ApiModel):
@@ -339,6 +454,8 @@ IMMUTABLE = (
     "output",
     "cache",
     "managedBy",
+    "freeze",
+    "quantization",
 )
 """What may not change once the job exists: another value would be another run."""
 
@@ -355,7 +472,16 @@ class FineTuneJobSpec(ApiModel):
     model_config = {
         "json_schema_extra": rules(
             *map(_immutable, IMMUTABLE),
-            ("self.method == 'LoRA' || !has(self.adapter)", "`adapter` is only for `method: LoRA`; remove it"),
+            (
+                "self.method in ['LoRA', 'QLoRA'] || !has(self.adapter)",
+                "`adapter` is only for `method: LoRA` and `method: QLoRA`; remove it",
+            ),
+            ("self.method == 'Freeze' || !has(self.freeze)", "`freeze` is only for `method: Freeze`; remove it"),
+            (
+                "self.method == 'QLoRA' || !has(self.quantization)",
+                "`quantization` is only for `method: QLoRA`; remove it",
+            ),
+            *combinations.cel_rules(),
             (
                 "self.training.globalBatchSize"
                 " % (self.training.microBatchSize * self.trainer.numNodes * self.trainer.numProcPerNode) == 0",
@@ -375,9 +501,10 @@ class FineTuneJobSpec(ApiModel):
     datasets: DatasetsSpec
     """What to train and to evaluate on."""
     method: Method = Method.LORA
-    """LoRA trains small adapter matrices; Full trains every weight."""
+    """LoRA trains small adapter matrices; QLoRA the same on a base in 4 or 8 bits; Full trains every weight; Freeze trains
+    the weights of some layers."""
     adapter: AdapterSpec | None = None
-    """The adapter of `method: LoRA`; absent: the defaults of its fields."""
+    """The adapter of `method: LoRA` and `method: QLoRA`; absent: the defaults of its fields."""
     training: TrainingSpec = TrainingSpec()
     """Hyperparameters."""
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
@@ -400,3 +527,7 @@ class FineTuneJobSpec(ApiModel):
     """The job is Failed when it has been active so long (suspension does not count)."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
     """The job and its pods are deleted so long after it finished; checkpoints and output stay."""
+    freeze: FreezeSpec | None = None
+    """What `method: Freeze` trains; absent: the defaults of its fields."""
+    quantization: QuantizationSpec | None = None
+    """How `method: QLoRA` quantises the base model; absent: the defaults of its fields."""

@@ -79,7 +79,7 @@ BAD: dict[str, Bad] = {
     "hub data set without datasets/": Bad(
         "spec.datasets.train.0.uri", "hf://org/name", ("spec.datasets.train[0].uri", "hf://datasets/org/name")
     ),
-    "unknown method": Bad("spec.method", "QLoRA", ("spec.method", "Full", "LoRA")),
+    "unknown method": Bad("spec.method", "Prefix", ("spec.method", "Full", "LoRA")),
     "adapter for a full run": Bad("spec.method", "Full", ("`adapter` is only for `method: LoRA`",)),
     "rank 0": Bad("spec.adapter.rank", 0, ("spec.adapter.rank", "greater than or equal to 1")),
     "dropout 1": Bad("spec.adapter.dropout", "1.0", ("spec.adapter.dropout", "from 0 up to, but not including, 1")),
@@ -174,6 +174,40 @@ BAD: dict[str, Bad] = {
     "misspelt block": Bad("spec.trainning", {}, ("unknown field", "spec.trainning")),
     "name too long": Bad("metadata.name", "a" * 51, ("metadata.name", "at most 50")),
     "name begins with a digit": Bad("metadata.name", "7b-lora", ("metadata.name", "begin with a letter")),
+    "freeze block for LoRA": Bad("spec.freeze", {}, ("`freeze` is only for `method: Freeze`",)),
+    "nothing is unfrozen": Bad("spec.freeze", {"trainableLayers": 0}, ("spec.freeze", "needs `extraModules`")),
+    "quantization for LoRA": Bad("spec.quantization", {"bits": 4}, ("`quantization` is only for `method: QLoRA`",)),
+    "3 bits": Bad("spec.quantization", {"bits": 3}, ("spec.quantization.bits", "4", "8")),
+    "unknown variant": Bad("spec.adapter.variant", "VeRA", ("spec.adapter.variant", "DoRA", "RSLoRA")),
+    "LoRA+ below 1": Bad("spec.adapter.loraPlusRatio", "0.5", ("spec.adapter.loraPlusRatio", "from 1 to 1000")),
+    "unknown optimizer": Bad("spec.training.optimizer", "Adafactor", ("spec.training.optimizer", "AdamW8bit")),
+    "beta of 1": Bad("spec.training.adamBeta2", "1", ("spec.training.adamBeta2", "not including, 1")),
+    "epsilon of 0": Bad("spec.training.adamEpsilon", "0", ("spec.training.adamEpsilon", "above 0")),
+    "warm-up by share and by steps": Bad(
+        "spec.training",
+        {"warmupSteps": 5, "warmupRatio": "0.1", "globalBatchSize": 4},
+        ("spec.training", "`warmupRatio` or `warmupSteps`, not both"),
+    ),
+    "parameter of another scheduler": Bad(
+        "spec.training.schedulerParameters",
+        {"power": "2"},
+        ("spec.training", "`schedulerParameters.power` is only for `scheduler: Polynomial`"),
+    ),
+    "DeepSpeed key of a field": Bad(
+        "spec.deepspeed.config",
+        {"train_batch_size": 8},
+        ("spec.deepspeed.config", "`train_batch_size` is decided by `training.globalBatchSize`"),
+    ),
+    "DeepSpeed stage in the raw block": Bad(
+        "spec.deepspeed.config",
+        {"zero_optimization": {"stage": 2}},
+        ("spec.deepspeed.config", "`zero_optimization.stage` is decided by `deepspeed.zeroStage`"),
+    ),
+    "NVMe": Bad(
+        "spec.deepspeed.config",
+        {"zero_optimization": {"offload_optimizer": {"nvme_path": "/nvme"}}},
+        ("spec.deepspeed.config", "`zero_optimization.offload_optimizer.nvme_path` is not supported"),
+    ),
 }
 """`evaluation without data` needs `evalEverySteps` as well: see `manifest`."""
 

@@ -16,6 +16,8 @@ from typing import Any
 
 from finetune_trainer.state import RankState, read_state
 
+PLAIN_ADAPTER: dict[str, Any] = {"variant": "LoRA", "loraPlusRatio": None}
+
 
 def free_port() -> int:
     with socket.socket() as probe:
@@ -41,7 +43,7 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
         "train": [dataset(train)],
         "evaluation": [] if evaluation is None else [dataset(evaluation)],
         "method": "LoRA",
-        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0, "targetModules": ["All"]},
+        "adapter": {"rank": 4, "alpha": 8, "dropout": 0.0, "targetModules": ["All"], **PLAIN_ADAPTER},
         "training": {
             "maxLength": 64,
             "packing": False,
@@ -58,11 +60,26 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
             "activationCheckpointing": "None",
             "seed": 7,
             "evalEverySteps": None,
+            "optimizer": "AdamW",
+            "adamBeta1": 0.9,
+            "adamBeta2": 0.999,
+            "adamEpsilon": 1e-8,
+            "warmupSteps": None,
+            "schedulerParameters": {
+                "numCycles": 1,
+                "minLrRate": 0.0,
+                "lrEnd": 1e-7,
+                "power": 1.0,
+                "timescale": None,
+                "numDecaySteps": None,
+            },
         },
-        "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None"},
+        "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None", "config": None},
         "checkpoint": {"dir": str(folder / "checkpoints"), "everySteps": 2, "keep": 2, "onTermination": True},
         "outputDir": str(folder / "output"),
         "cacheDir": str(folder / "cache"),
+        "freeze": None,
+        "quantization": None,
     }
     spec["model"]["chatTemplate"] = None
     for path, value in changes.items():

@@ -86,7 +86,7 @@ def test_no_checkpoint_verifies(finished, tmp_path: Path) -> None:  # type: igno
     ("changes", "said"),
     [
         (
-            {"adapter": {"rank": 8, "alpha": 8, "dropout": 0.0, "targetModules": ["All"]}},
+            {"adapter": {"rank": 8, "alpha": 8, "dropout": 0.0, "targetModules": ["All"], **jobs.PLAIN_ADAPTER}},
             "adapter.rank: saved 4, now 8",
         ),
         ({"train": "other"}, "datasets.train"),

@@ -10,12 +10,11 @@ import pytest
 import torch
 
 from finetune_api.launch import LaunchDataset, PathSource
-from finetune_api.spec import DatasetFormat, Scheduler
+from finetune_api.spec import DatasetFormat
 from finetune_trainer.data.batches import IGNORE, Rows
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore, build_store
 from finetune_trainer.data.tokenize import Encoder
-from finetune_trainer.schedule import learning_rate
 from finetune_trainer.step import loss_sum
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
@@ -23,12 +22,14 @@ from tests.trainer.conftest import Assets, StartPod
 CPU = torch.device("cpu")
 
 
+def store_of(file: Path) -> TokenStore:
+    dataset = LaunchDataset(uri="x", source=PathSource(path=str(file)), format=DatasetFormat.AUTO, max_samples=None)
+    return build_store([(dataset, file)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
+
+
 @pytest.fixture(scope="module")
 def store(assets: Assets) -> TokenStore:
-    dataset = LaunchDataset(
-        uri="x", source=PathSource(path=str(assets.train)), format=DatasetFormat.AUTO, max_samples=None
-    )
-    return build_store([(dataset, assets.train)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
+    return store_of(assets.train)
 
 
 def load(assets: Assets, attention: str) -> Any:
@@ -161,13 +162,3 @@ def test_export_loads_in_plain_libraries_with_the_same_loss(start: StartPod, ass
     assert json.loads((Path(outputs[0]) / "finetunejob.json").read_text())["name"] == "tiny"
     summary = json.loads((Path(outputs[1]) / "train_result.json").read_text())
     assert summary["step"] == 8 and summary["eval_loss"] == reports[1]["evalLoss"] and "torch" in summary["versions"]
-
-
-@pytest.mark.parametrize("scheduler", list(Scheduler))
-def test_learning_rate_is_a_function_of_the_step(scheduler: Scheduler) -> None:
-    rates = [learning_rate(step, 100, 1.0, 0.1, scheduler) for step in range(1, 101)]
-    assert rates[:10] == pytest.approx([step / 10 for step in range(1, 11)])
-    assert rates[10] == 1.0
-    after = {Scheduler.CONSTANT: 1.0, Scheduler.LINEAR: 0.5, Scheduler.COSINE: 0.5}
-    assert rates[55] == pytest.approx(after[scheduler])
-    assert min(rates) > 0

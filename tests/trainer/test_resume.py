@@ -32,6 +32,35 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "full-zero2-offload": {**FULL, **CPU, "deepspeed__zeroStage": 2},
     "full-zero3-offload-all": {**FULL, **CPU, "deepspeed__zeroStage": 3, "deepspeed__offloadParameters": "CPU"},
+    "qlora-4bit-dora-loraplus-packing-dropout-selective": {
+        **DROPOUT,
+        "method": "QLoRA",
+        "quantization": {"bits": 4, "doubleQuantization": True},
+        "adapter__variant": "DoRA",
+        "adapter__loraPlusRatio": 4.0,
+        "training__activationCheckpointing": "SelectiveOp",
+    },
+    "qlora-8bit-zero2-2ranks-paged": {
+        **TWO,
+        "method": "QLoRA",
+        "quantization": {"bits": 8, "doubleQuantization": True},
+        "training__optimizer": "PagedAdamW",
+        "deepspeed__zeroStage": 2,
+    },
+    "full-pure-bf16-zero0-8bit-offloaded-activations": {
+        **FULL,
+        "training__precision": "PureBF16",
+        "training__optimizer": "AdamW8bit",
+        "training__activationCheckpointing": "FullOffload",
+    },
+    "freeze-pure-bf16-zero2-2ranks": {
+        **TWO,
+        "method": "Freeze",
+        "adapter": None,
+        "freeze": {"trainableLayers": 1, "trainableModules": ["All"], "extraModules": ["norm"]},
+        "training__precision": "PureBF16",
+        "deepspeed__zeroStage": 2,
+    },
 }
 
 

@@ -11,8 +11,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from finetune_api.combinations import Combination, check
 from finetune_api.launch import LaunchSpec
 from finetune_trainer.errors import ConfigError
+
+OWN_BLOCKS = {"adapter": ("LoRA", "QLoRA"), "freeze": ("Freeze",), "quantization": ("QLoRA",)}
+"""Blocks that belong to some methods."""
 
 
 def read_launch(path: Path) -> LaunchSpec:
@@ -46,14 +50,31 @@ def _check(spec: LaunchSpec) -> None:
         )
     if (training.epochs is None) == (training.max_steps is None):
         raise ConfigError("training: exactly one of `epochs` and `maxSteps` must be set")
-    if (spec.method == "LoRA") != (spec.adapter is not None):
-        raise ConfigError("adapter: must be set for method LoRA and absent for method Full")
+    for field, methods in OWN_BLOCKS.items():
+        if (spec.method in methods) != (getattr(spec, field) is not None):
+            raise ConfigError(f"{field}: must be set for method {' and '.join(methods)}, and absent for others")
     if training.eval_every_steps is not None and not spec.evaluation:
         raise ConfigError("training.evalEverySteps: needs a data set in datasets.evaluation")
     if spec.deepspeed.offload_optimizer == "CPU" and spec.deepspeed.zero_stage < 1:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
     if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
+    if reason := check(combination(spec)):
+        raise ConfigError(reason)
+
+
+def combination(spec: LaunchSpec) -> Combination:
+    """The choices whose combinations may be refused."""
+    return Combination(
+        method=spec.method,
+        variant=spec.adapter.variant if spec.adapter else "LoRA",
+        zero_stage=spec.deepspeed.zero_stage,
+        offload_optimizer=spec.deepspeed.offload_optimizer,
+        offload_parameters=spec.deepspeed.offload_parameters,
+        precision=spec.training.precision,
+        optimizer=spec.training.optimizer,
+        activation_checkpointing=spec.training.activation_checkpointing,
+    )
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:
@@ -72,6 +93,8 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         "datasets.train": train_digest,
         "method": str(spec.method),
         **{f"adapter.{k}": v for k, v in (spec.adapter.to_wire() if spec.adapter else {}).items()},
+        **{f"freeze.{k}": v for k, v in (spec.freeze.to_wire() if spec.freeze else {}).items()},
+        **{f"quantization.{k}": v for k, v in (spec.quantization.to_wire() if spec.quantization else {}).items()},
         **{f"training.{k}": v for k, v in training.items()},
         **{f"deepspeed.{k}": v for k, v in spec.deepspeed.to_wire().items()},
         "trainer.numNodes x numProcPerNode": spec.world_size,

@@ -16,7 +16,7 @@ PAGE_BYTES = resource.getpagesize()
 
 def warn_of_slow_precision(device: torch.device, precision: Precision) -> None:
     """Says so where bf16 has to be emulated: 6.5 times slower than float32 on a CPU with AVX2 only."""
-    if device.type == "cpu" and precision is Precision.BF16:
+    if device.type == "cpu" and precision is not Precision.FP32:
         flags = Path("/proc/cpuinfo").read_text().split()
         if "avx512_bf16" not in flags and "amx_bf16" not in flags:
             log.warning("this CPU has no bf16 arithmetic: `training.precision: FP32` is several times faster here")

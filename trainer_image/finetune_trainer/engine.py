@@ -10,6 +10,8 @@ import torch
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Offload, Precision
+from finetune_trainer.deepspeed_block import merged
+from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
 log = logging.getLogger("finetune_trainer")
 BUCKET_ELEMENTS = 50_000_000
@@ -54,7 +56,11 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
     if training.precision is Precision.BF16:
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
-    return config
+    elif training.precision is Precision.PURE_BF16 and stage > 0:
+        # Without ZeRO nothing is said: the parameters are bf16 and torch's optimizer works on them as they are.
+        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        config["data_types"] = {"grad_accum_dtype": "bf16"}
+    return merged(config, spec.deepspeed.config or {})
 
 
 def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
@@ -63,32 +69,9 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
 
     if zero_stage(spec) != spec.deepspeed.zero_stage:
         log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
-    optimizer = _optimizer(model, spec)
+    optimizer = build_optimizer(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     return engine
-
-
-def _optimizer(model: Any, spec: LaunchSpec) -> Any:
-    """AdamW over the trainable parameters; vectors (norms, biases) have no weight decay."""
-    training = spec.training
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    matrices = [p for p in trainable if _dimensions(p) >= 2]
-    vectors = [p for p in trainable if _dimensions(p) < 2]
-    groups = [
-        {"params": matrices, "weight_decay": training.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    groups = [group for group in groups if group["params"]]
-    if spec.deepspeed.offload_optimizer is Offload.CPU:
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-        return DeepSpeedCPUAdam(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8, adamw_mode=True)
-    return torch.optim.AdamW(groups, lr=training.learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
-
-
-def _dimensions(parameter: Any) -> int:
-    """Under ZeRO-3 a parameter is a flat slice that remembers its shape."""
-    return len(getattr(parameter, "ds_shape", parameter.shape))
 
 
 def base_optimizer(engine: Any) -> Any:
@@ -97,9 +80,9 @@ def base_optimizer(engine: Any) -> Any:
 
 
 def set_learning_rate(engine: Any, rate: float) -> None:
-    """The schedule is ours, so the rate is set before each step."""
+    """The schedule is ours, so the rate is set before each step; a group may learn at a multiple of it."""
     for group in base_optimizer(engine).param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get(RATE_MULTIPLIER, 1.0)
 
 
 def is_partitioned(engine: Any) -> bool:
@@ -116,8 +99,19 @@ def step(engine: Any, max_grad_norm: float) -> float:
     norm: Any = None
     if not is_partitioned(engine):
         parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm or float("inf"))
+        norm = _clip_gradients(parameters, max_grad_norm or float("inf"))
     engine.step()
     if norm is None:
         norm = engine.get_global_grad_norm()
     return float(norm)
+
+
+def _clip_gradients(parameters: list[torch.nn.Parameter], max_grad_norm: float) -> torch.Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, which would add up the norm of bf16 gradients in bf16 (three digits)."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if all(gradient.dtype == torch.float32 for gradient in gradients):
+        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+    return norm

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from finetune_api.launch import LaunchSpec, PathSource
-from finetune_api.spec import Method
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
 
@@ -32,12 +31,12 @@ def gather_weights(engine: Any, spec: LaunchSpec, *, first: bool) -> dict[str, t
 
     Args:
         engine: the DeepSpeed engine.
-        spec: the launch; for LoRA only the trainable weights are taken.
+        spec: the launch; with an adapter only the trainable weights are taken.
         first: whether this is rank 0; the others get an empty dict.
     """
     weights = {}
     for name, parameter in engine.module.named_parameters():
-        if spec.method is Method.LORA and not parameter.requires_grad:
+        if spec.adapter is not None and not parameter.requires_grad:
             continue
         with _whole(parameter):
             if first:
@@ -74,7 +73,7 @@ def write_output(
     temporary = parent / f".{final.name or 'output'}.tmp-{spec.job.uid}-{spec.attempt}"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    if spec.method is Method.LORA:
+    if spec.adapter is not None:
         _write_adapter(engine.module, weights, spec, result["model_revision"], temporary)
     else:
         engine.module.save_pretrained(str(temporary), state_dict=weights, is_main_process=True)

@@ -73,9 +73,7 @@ class Training:
 
     def _step(self, step: int) -> StepResult:
         training = self.spec.training
-        rate = learning_rate(
-            step, self.order.total_steps, training.learning_rate, training.warmup_ratio, training.scheduler
-        )
+        rate = learning_rate(step, self.order.total_steps, training)
         self.status.beat(Activity.TRAINING, learning_rate=rate)
         ds.set_learning_rate(self.engine, rate)
         result = train_step(

@@ -1,4 +1,4 @@
-"""Loads tokenizer and model from a local folder, and puts adapters on. Owns what transformers and peft are told.
+"""Loads tokenizer and model from a local folder, ready to be trained. Owns what transformers is told.
 
 Nothing here goes to a network: hub models are downloaded before (see `hub`), and only paths are handed on.
 """
@@ -9,9 +9,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from finetune_api.launch import LaunchAdapter, LaunchSpec
-from finetune_api.spec import ActivationCheckpointing, Method, Precision
+from finetune_api.launch import LaunchSpec
+from finetune_api.spec import Precision
+from finetune_trainer.activation_checkpointing import checkpoint_activations
+from finetune_trainer.adapters import add_adapter, freeze
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.quantization import device_map, quantization_config
 
 log = logging.getLogger("finetune_trainer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -94,10 +97,13 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         from transformers.integrations import HfDeepSpeedConfig
 
         keep_alive = HfDeepSpeedConfig(deepspeed_config)  # from_pretrained looks for it
-    dtype = torch.bfloat16 if spec.training.precision is Precision.BF16 else torch.float32
+    dtype = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
+    quantized: dict[str, Any] = {}
+    if spec.quantization is not None:
+        quantized = {"quantization_config": quantization_config(spec.quantization, spec), "device_map": device_map()}
     try:
         model = AutoModelForCausalLM.from_pretrained(
-            str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True
+            str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **quantized
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the model cannot be loaded: {error}") from error
@@ -105,43 +111,12 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
     model.config.use_cache = False
-    if spec.method is Method.LORA:
-        assert spec.adapter is not None
-        model = _add_adapter(model, spec.adapter, spec)
-    if spec.training.activation_checkpointing is ActivationCheckpointing.FULL:
-        _checkpoint_activations(model, reentrant=spec.deepspeed.zero_stage == 3)
+    if spec.adapter is not None:
+        model = add_adapter(model, spec.adapter, spec)
+    elif spec.freeze is not None:
+        freeze(model, spec.freeze, spec.model.uri)
+    checkpoint_activations(model, spec.training.activation_checkpointing, reentrant=spec.deepspeed.zero_stage == 3)
+    # from_pretrained leaves the model in eval mode: no dropout, no recomputation. The first evaluation would end that, but a run
+    # may have none, and a resumed run has none before its first step.
+    model.train()
     return model
-
-
-def _add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
-    targets = adapter.target_modules
-    config = LoraConfig(
-        r=adapter.rank,
-        lora_alpha=adapter.alpha,
-        lora_dropout=adapter.dropout,
-        target_modules="all-linear" if targets == ["All"] else sorted(targets),
-        task_type="CAUSAL_LM",
-    )
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    try:
-        return get_peft_model(model, config)
-    except ValueError as error:
-        raise ConfigError(
-            f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
-            f"{', '.join(sorted(linear))} ({error})"
-        ) from error
-
-
-def _checkpoint_activations(model: Any, *, reentrant: bool) -> None:
-    """Recomputes every layer in the backward pass.
-
-    Under ZeRO-3 the reentrant form is needed: the other one compares shapes of parameters, which are empty once released.
-    The reentrant form in turn needs an input that requires a gradient, which a frozen embedding does not give.
-    """
-    if reentrant:
-        model.enable_input_require_grads()
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": reentrant})

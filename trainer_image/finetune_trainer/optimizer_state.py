@@ -1,4 +1,4 @@
-"""What training changes, as tensors: float32 master weights and Adam's moments, exactly as this rank holds them.
+"""What training changes, as tensors: master weights and the optimizer's state, exactly as this rank holds them.
 
 One concept in DeepSpeed's four shapes: no wrapper (the parameters are the masters), its bf16 optimizer, ZeRO 1/2, ZeRO 3.
 Frozen weights are not part of it, and bf16 weights are rounded masters, so nothing else has to be saved.
@@ -10,11 +10,15 @@ import torch
 
 from finetune_trainer.engine import base_optimizer, is_partitioned
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+MASTER = "master"
+STEP = "step"
 
 
 def masters(engine: Any) -> list[torch.Tensor]:
-    """This rank's float32 master weights, one tensor a partition; writing into them changes the training."""
+    """This rank's master weights, one tensor a partition; writing into them changes the training.
+
+    They are float32, or bf16 with `precision: PureBF16`.
+    """
     optimizer = engine.optimizer
     for name in ("fp32_groups_flat_partition", "single_partition_of_fp32_groups", "fp32_partitioned_groups_flat"):
         partitions = getattr(optimizer, name, None)
@@ -24,20 +28,20 @@ def masters(engine: Any) -> list[torch.Tensor]:
 
 
 def capture(engine: Any) -> dict[str, torch.Tensor]:
-    """Copies of the state on the host: `<partition>.master`, `.exp_avg`, `.exp_avg_sq`, `.step`.
+    """Copies of the state on the host: `<partition>.master` and one entry for each of the optimizer's own.
 
-    Before the first step there are no moments.
+    torch's and DeepSpeed's AdamW have `exp_avg`, `exp_avg_sq` and `step`; bitsandbytes' have `state1`, `state2`, `step` and,
+    with 8 bits, `absmax1`, `absmax2`, `qmap1`, `qmap2`. A Python integer is kept as int64, a tensor in its own type. Before the
+    first step there is only the master.
     """
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # a paged state is memory of the host that kernels may still be writing
     state = base_optimizer(engine).state
     tensors = {}
     for index, master in enumerate(masters(engine)):
-        tensors[f"{index}.master"] = _host(master)
-        moments = state.get(master, {})
-        for name in MOMENTS:
-            if name in moments:
-                tensors[f"{index}.{name}"] = _host(moments[name])
-        if "step" in moments:
-            tensors[f"{index}.step"] = torch.tensor([float(moments["step"])], dtype=torch.float64)
+        tensors[f"{index}.{MASTER}"] = _host(master)
+        for name, value in state.get(master, {}).items():
+            tensors[f"{index}.{name}"] = _host(value) if isinstance(value, torch.Tensor) else _integer(name, value)
     return tensors
 
 
@@ -45,30 +49,35 @@ def _host(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().to("cpu", copy=True).contiguous()
 
 
+def _integer(name: str, value: Any) -> torch.Tensor:
+    assert isinstance(value, int), f"an optimizer's {name} is a {type(value).__name__}"
+    return torch.tensor([value], dtype=torch.int64)
+
+
 @torch.no_grad()
 def restore(engine: Any, tensors: dict[str, torch.Tensor]) -> None:
     """Puts captured state back, bit for bit, and refreshes the weights that the model computes with."""
-    state = base_optimizer(engine).state
+    optimizer = base_optimizer(engine)
     for index, master in enumerate(masters(engine)):
-        master.data.copy_(tensors[f"{index}.master"])
-        moments = {}
-        for name in MOMENTS:
-            if (saved := tensors.get(f"{index}.{name}")) is not None:
-                moments[name] = saved.to(master.device).reshape(master.shape)
-        if (step := tensors.get(f"{index}.step")) is not None:
-            moments["step"] = _step(engine, float(step), master)
-        if moments:
-            state[master] = moments
-    if tensors and not isinstance(base_optimizer(engine), torch.optim.AdamW):
-        _replay_cpu_adam(base_optimizer(engine), int(tensors.get("0.step", torch.zeros(1))))
+        prefix = f"{index}."
+        saved = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        master.data.copy_(saved.pop(MASTER))
+        values = {name: _value(optimizer, name, value, master) for name, value in saved.items()}
+        if values:
+            optimizer.state[master] = values
+    if hasattr(optimizer, "ds_opt_adam"):
+        _replay_cpu_adam(optimizer, int(tensors.get(f"0.{STEP}", torch.zeros(1))))
     _refresh(engine)
 
 
-def _step(engine: Any, value: float, master: torch.Tensor) -> Any:
-    """DeepSpeed's CPU Adam counts in a Python int, torch's fused AdamW in a float32 tensor on the parameter's device."""
-    if isinstance(base_optimizer(engine), torch.optim.AdamW):
-        return torch.tensor(value, dtype=torch.float32, device=master.device)
-    return int(value)
+def _value(optimizer: Any, name: str, saved: torch.Tensor, master: torch.Tensor) -> Any:
+    if saved.dtype == torch.int64:
+        return int(saved)
+    if getattr(optimizer, "is_paged", False) and name in ("state1", "state2"):
+        buffer = optimizer.get_state_buffer(master, dtype=saved.dtype)  # memory that can move between GPU and host
+        buffer.copy_(saved)
+        return buffer
+    return saved.to(master.device)
 
 
 def _replay_cpu_adam(optimizer: Any, steps: int) -> None:

@@ -3,14 +3,21 @@
 Nothing here changes a number that is computed.
 """
 
+import contextlib
 from typing import Any
 from unittest import mock
 
 import torch
 
 
+def _plain(function: Any = None, **_options: Any) -> Any:
+    """`torch.compile` that compiles nothing."""
+    return function if function is not None else _plain
+
+
 def tame_deepspeed() -> None:
     """Imports DeepSpeed without its costs; to be called before anything else imports it."""
+    _bitsandbytes_without_inductor()
     _muon_without_inductor()
     _no_shared_memory_collectives()
     _no_memory_reports()
@@ -21,14 +28,21 @@ def _muon_without_inductor() -> None:
 
     This loads torch's inductor: 6 s of CPU time, more than all other imports together. The functions are never called here.
     """
-
-    def plain(function: Any = None, **_options: Any) -> Any:
-        return function if function is not None else plain
-
-    with mock.patch.object(torch, "compile", plain):
+    with mock.patch.object(torch, "compile", _plain):
         import deepspeed.runtime.zero.muon.original_muon
 
     assert deepspeed
+
+
+def _bitsandbytes_without_inductor() -> None:
+    """Where it is installed peft imports it, and it decorates its CPU functions with `torch.compile`.
+
+    The decorator loads torch's inductor in every job, and the first call compiles for 5 s.
+    """
+    with mock.patch.object(torch, "compile", _plain), contextlib.suppress(ImportError):
+        import bitsandbytes
+
+        assert bitsandbytes
 
 
 def _no_shared_memory_collectives() -> None:

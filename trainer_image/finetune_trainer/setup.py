@@ -115,11 +115,13 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     """Loads the model and wraps it."""
     from finetune_trainer import engine as ds
+    from finetune_trainer.deepspeed_block import check_block
     from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
 
     tame_deepspeed()
     config = ds.deepspeed_config(spec)
+    check_block(spec.deepspeed.config, config, cuda=world.device.type == "cuda")
     model = models.load_model(sources.model, spec, config)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")

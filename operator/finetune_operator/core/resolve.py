@@ -10,13 +10,28 @@ from finetune_api.launch import (
     LaunchCheckpoint,
     LaunchDataset,
     LaunchDeepSpeed,
+    LaunchFreeze,
     LaunchModel,
+    LaunchQuantization,
+    LaunchSchedulerParameters,
     LaunchSpec,
     LaunchTraining,
     PathSource,
     Rendezvous,
 )
-from finetune_api.spec import AdapterSpec, DatasetSpec, FineTuneJobSpec, Method, ModelSpec, SecretKeyRef
+from finetune_api.spec import (
+    AdapterSpec,
+    DatasetSpec,
+    FineTuneJobSpec,
+    FreezeSpec,
+    Method,
+    ModelSpec,
+    QuantizationSpec,
+    Scheduler,
+    SchedulerParametersSpec,
+    SecretKeyRef,
+    TrainingSpec,
+)
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
 from finetune_operator.core.quantity import cpus
@@ -25,7 +40,9 @@ from finetune_operator.core.volumes import Mounts, child, local_path, plan_mount
 
 SCRATCH = "/scratch"
 """HOME of the trainer: an emptyDir of each pod."""
-_LEARNING_RATES = {Method.LORA: "2e-4", Method.FULL: "2e-5"}
+_LEARNING_RATES = {Method.LORA: "2e-4", Method.QLORA: "2e-4", Method.FULL: "2e-5", Method.FREEZE: "2e-5"}
+_WARMUP_RATIO = "0.03"
+_MIN_LR_RATES = {Scheduler.COSINE_WITH_MIN_LR: "0.1"}
 _HUB = "hf://"
 _HUB_DATASETS = "hf://datasets/"
 _DEFAULT_REVISION = "main"
@@ -90,12 +107,13 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         train=[_dataset(dataset, mounts) for dataset in spec.datasets.train],
         evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation],
         method=spec.method,
-        adapter=_adapter(spec.adapter or AdapterSpec()) if spec.method is Method.LORA else None,
+        adapter=_adapter(spec.adapter or AdapterSpec()) if spec.method in (Method.LORA, Method.QLORA) else None,
         training=_training(spec, plan),
         deepspeed=LaunchDeepSpeed(
             zero_stage=spec.deepspeed.zero_stage,
             offload_optimizer=spec.deepspeed.offload_optimizer,
             offload_parameters=spec.deepspeed.offload_parameters,
+            config=spec.deepspeed.config,
         ),
         checkpoint=LaunchCheckpoint(
             dir=local_path(plan.checkpoint_uri),
@@ -105,6 +123,8 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         ),
         output_dir=local_path(plan.output_uri),
         cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
+        freeze=_freeze(spec.freeze or FreezeSpec()) if spec.method is Method.FREEZE else None,
+        quantization=_quantization(spec.quantization or QuantizationSpec()) if spec.method is Method.QLORA else None,
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
 
@@ -159,7 +179,37 @@ def _adapter(adapter: AdapterSpec) -> LaunchAdapter:
         alpha=adapter.alpha if adapter.alpha is not None else 2 * adapter.rank,
         dropout=float(adapter.dropout),
         target_modules=adapter.target_modules,
+        variant=adapter.variant,
+        lora_plus_ratio=None if adapter.lora_plus_ratio is None else float(adapter.lora_plus_ratio),
     )
+
+
+def _freeze(freeze: FreezeSpec) -> LaunchFreeze:
+    return LaunchFreeze(
+        trainable_layers=freeze.trainable_layers,
+        trainable_modules=freeze.trainable_modules,
+        extra_modules=freeze.extra_modules,
+    )
+
+
+def _quantization(quantization: QuantizationSpec) -> LaunchQuantization:
+    return LaunchQuantization(bits=quantization.bits, double_quantization=quantization.double_quantization)
+
+
+def _scheduler_parameters(training: TrainingSpec) -> LaunchSchedulerParameters:
+    given = training.scheduler_parameters or SchedulerParametersSpec()
+    return LaunchSchedulerParameters(
+        num_cycles=given.num_cycles or 1,
+        min_lr_rate=float(given.min_lr_rate or _MIN_LR_RATES.get(training.scheduler, "0")),
+        lr_end=float(given.lr_end or "1e-7"),
+        power=float(given.power or "1"),
+        timescale=given.timescale,
+        num_decay_steps=given.num_decay_steps,
+    )
+
+
+def _warmup_ratio(training: TrainingSpec) -> float:
+    return float(training.warmup_ratio or _WARMUP_RATIO) if training.warmup_steps is None else 0.0
 
 
 def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
@@ -175,11 +225,17 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         max_steps=training.max_steps,
         learning_rate=float(plan.learning_rate),
         scheduler=training.scheduler,
-        warmup_ratio=float(training.warmup_ratio),
+        warmup_ratio=_warmup_ratio(training),
         weight_decay=float(training.weight_decay),
         max_grad_norm=float(training.max_grad_norm),
         precision=training.precision,
         activation_checkpointing=training.activation_checkpointing,
         seed=training.seed,
         eval_every_steps=training.eval_every_steps,
+        optimizer=training.optimizer,
+        adam_beta1=float(training.adam_beta1),
+        adam_beta2=float(training.adam_beta2),
+        adam_epsilon=float(training.adam_epsilon),
+        warmup_steps=training.warmup_steps,
+        scheduler_parameters=_scheduler_parameters(training),
     )

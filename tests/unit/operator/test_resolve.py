@@ -61,6 +61,13 @@ def test_threads(trainer: dict[str, Any], threads: int) -> None:
         ({}, "epochs", 1),
         ({"training": {"maxSteps": 5}}, "epochs", None),
         ({"training": {"globalBatchSize": 16}, "trainer": {"numNodes": 2}}, "gradient_accumulation_steps", 8),
+        ({"method": "QLoRA"}, "learning_rate", 2e-4),
+        ({"method": "Freeze"}, "learning_rate", 2e-5),
+        ({}, "warmup_ratio", 0.03),
+        ({"training": {"warmupRatio": "0"}}, "warmup_ratio", 0.0),
+        ({"training": {"warmupSteps": 5}}, "warmup_ratio", 0.0),
+        ({"training": {"warmupSteps": 5}}, "warmup_steps", 5),
+        ({}, "adam_epsilon", 1e-8),
     ],
 )
 def test_training_defaults(spec: dict[str, Any], field: str, value: object) -> None:
@@ -72,6 +79,28 @@ def test_alpha_is_twice_the_rank_and_full_has_no_adapter() -> None:
     assert lora is not None
     assert lora.alpha == 16
     assert resolve(make_job(method="Full"), 1, CONFIG).launch.adapter is None
+
+
+@pytest.mark.parametrize(
+    ("method", "blocks"),
+    [
+        ("Full", {"adapter": False, "freeze": False, "quantization": False}),
+        ("Freeze", {"adapter": False, "freeze": True, "quantization": False}),
+        ("LoRA", {"adapter": True, "freeze": False, "quantization": False}),
+        ("QLoRA", {"adapter": True, "freeze": False, "quantization": True}),
+    ],
+)
+def test_each_method_has_its_blocks(method: str, blocks: dict[str, bool]) -> None:
+    launch = resolve(make_job(method=method), 1, CONFIG).launch
+    assert {name: getattr(launch, name) is not None for name in blocks} == blocks
+
+
+def test_scheduler_parameters_have_their_defaults() -> None:
+    given = {"scheduler": "CosineWithMinLR", "schedulerParameters": {"numCycles": None}}
+    parameters = resolve(make_job(training=given), 1, CONFIG).launch.training.scheduler_parameters
+    assert (parameters.min_lr_rate, parameters.lr_end, parameters.power, parameters.num_cycles) == (0.1, 1e-7, 1.0, 1)
+    stable = resolve(make_job(training={"scheduler": "WarmupStableDecay"}), 1, CONFIG).launch.training
+    assert stable.scheduler_parameters.min_lr_rate == 0.0
 
 
 def test_a_claim_is_mounted_once_and_writable_if_anything_writes_to_it() -> None:

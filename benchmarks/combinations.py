@@ -1,0 +1,152 @@
+"""Which combinations train? Runs two steps of each on this machine's device, in the forms that its tables have.
+
+    python benchmarks/combinations.py [--num-proc 2] [--only WORD ...] [--all] [--refused] [--json FILE]
+
+A case is a method, how the state is spread, a precision, an optimizer and what activations are kept. By default every pair of
+values occurs: precisions with optimizers for each method and layout, and activation checkpointing for each method and layout.
+`--all` takes the whole product (hours on a CPU). A refused combination is not run; `--refused` runs those too, past the check, to
+see that they do fail or differ. Needs no cluster. Prints a line a case and a summary; exit status 1 if one did not do as said.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune_api.combinations import Combination, check
+from tests.trainer import jobs, tiny
+
+FREEZE = {"trainableLayers": 1, "trainableModules": ["All"], "extraModules": ["norm"]}
+METHODS: dict[str, dict[str, Any]] = {
+    "Full": {"method": "Full", "adapter": None},
+    "Freeze": {"method": "Freeze", "adapter": None, "freeze": FREEZE},
+    "LoRA": {},
+    "LoRA+": {"adapter__loraPlusRatio": 4.0},
+    "RSLoRA": {"adapter__variant": "RSLoRA"},
+    "DoRA": {"adapter__variant": "DoRA"},
+    "QLoRA-4": {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}},
+    "QLoRA-8": {"method": "QLoRA", "quantization": {"bits": 8, "doubleQuantization": True}},
+    "QDoRA-4": {
+        "method": "QLoRA",
+        "adapter__variant": "DoRA",
+        "quantization": {"bits": 4, "doubleQuantization": False},
+    },
+}
+LAYOUTS: dict[str, tuple[int, str, str]] = {
+    "ZeRO-0": (0, "None", "None"),
+    "ZeRO-1": (1, "None", "None"),
+    "ZeRO-2": (2, "None", "None"),
+    "ZeRO-3": (3, "None", "None"),
+    "ZeRO-1 optimizer on CPU": (1, "CPU", "None"),
+    "ZeRO-2 optimizer on CPU": (2, "CPU", "None"),
+    "ZeRO-3 optimizer on CPU": (3, "CPU", "None"),
+    "ZeRO-3 parameters on CPU": (3, "None", "CPU"),
+    "ZeRO-3 both on CPU": (3, "CPU", "CPU"),
+}
+PRECISIONS = ("BF16", "PureBF16", "FP32")
+OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
+ACTIVATIONS = ("None", "SelectiveOp", "SelectiveLayer", "Full", "FullOffload")
+
+
+def cases(*, whole: bool) -> Iterator[tuple[str, dict[str, Any], Combination]]:
+    """Name, changes to the launch file, and the combination."""
+    for method, layout, precision, optimizer, kept in product(METHODS, LAYOUTS, PRECISIONS, OPTIMIZERS, ACTIVATIONS):
+        plain = precision == "BF16" and optimizer == "AdamW"
+        if not (whole or plain or kept == "None"):
+            continue
+        stage, offload_optimizer, offload_parameters = LAYOUTS[layout]
+        changes = {
+            **METHODS[method],
+            "deepspeed__zeroStage": stage,
+            "deepspeed__offloadOptimizer": offload_optimizer,
+            "deepspeed__offloadParameters": offload_parameters,
+            "training__precision": precision,
+            "training__optimizer": optimizer,
+            "training__activationCheckpointing": kept,
+        }
+        combination = Combination(
+            method=changes.get("method", "LoRA"),
+            variant=changes.get("adapter__variant", "LoRA"),
+            zero_stage=stage,
+            offload_optimizer=offload_optimizer,
+            offload_parameters=offload_parameters,
+            precision=precision,
+            optimizer=optimizer,
+            activation_checkpointing=kept,
+        )
+        yield f"{method} | {layout} | {precision} | {optimizer} | {kept}", changes, combination
+
+
+def main() -> int:
+    """Runs the cases and prints the result."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num-proc", type=int, default=2, help="ranks; on CUDA one for each GPU")
+    parser.add_argument("--only", nargs="*", default=[], help="only cases with all of these words")
+    parser.add_argument("--all", action="store_true", help="the whole product instead of every pair")
+    parser.add_argument("--refused", action="store_true", help="run the refused ones as well")
+    parser.add_argument("--json", type=Path, help="also write the results to this file")
+    options = parser.parse_args()
+    wanted = [case for case in cases(whole=options.all) if all(word in case[0] for word in options.only)]
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory(prefix="combinations-") as folder:
+        root = Path(folder)
+        model = tiny.make_model(root / "model", layers=3)
+        train = tiny.write_jsonl(root / "train.jsonl", tiny.chats(16, seed=1))
+        server = _server(root)
+        for number, (name, changes, combination) in enumerate(wanted):
+            reason = check(combination)
+            if reason and not options.refused:
+                results[name] = {"refused": reason}
+                continue
+            if reason:
+                changes = {**changes, "job": {"namespace": "team", "name": "tiny", "uid": "unchecked"}}
+            results[name] = {"refused": reason, **_run(root / str(number), model, train, server, options, changes)}
+            print(f"{name}: {results[name]}", flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1))
+        server.stop()
+    failed = {name: r for name, r in results.items() if not r.get("trains") and not r["refused"]}
+    ran = [r for r in results.values() if "trains" in r]
+    print(f"{len(results)} cases: {sum(r['trains'] for r in ran)} of {len(ran)} train, ", end="")
+    print(f"{sum(bool(r['refused']) for r in results.values())} refused, {len(failed)} failed that should not")
+    for name, result in failed.items():
+        print(f"FAILED {name}: {result['error']}")
+    return 1 if failed else 0
+
+
+def _server(root: Path) -> jobs.ForkServer | None:
+    """On a CPU ranks are forked, which saves their imports; CUDA does not survive a fork."""
+    import torch
+
+    return None if torch.cuda.is_available() else jobs.ForkServer(root)
+
+
+def _run(
+    folder: Path, model: Path, train: Path, server: Any, options: argparse.Namespace, changes: dict[str, Any]
+) -> dict[str, Any]:
+    started = time.perf_counter()
+    changes = {
+        "numProcPerNode": options.num_proc,
+        "training__globalBatchSize": 2 * options.num_proc,
+        "training__microBatchSize": 1,
+        "training__maxSteps": 2,
+        **changes,
+    }
+    pod = jobs.Pod(folder, jobs.launch(folder, model, train, **changes), server)
+    code = pod.wait()
+    seconds = round(time.perf_counter() - started, 1)
+    if code == 0:
+        return {"trains": True, "loss": pod.report.get("loss"), "seconds": seconds}
+    message = pod.report["message"] if pod.report_file.exists() else pod.log[-300:]
+    return {"trains": False, "error": message[:300], "exit_code": code, "seconds": seconds}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

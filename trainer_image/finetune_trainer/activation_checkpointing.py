@@ -1,0 +1,54 @@
+"""Which activations are kept for the backward pass, and where."""
+
+from typing import Any
+
+from finetune_api.spec import ActivationCheckpointing as Mode
+
+_SAVED_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "gemm_4bit", "int8_scaled_mm")
+"""Names without namespace of what SelectiveOp keeps, beside every operator with `attention` or `attn` in its name."""
+SELECTED_LAYER_DISTANCE = 2
+"""SelectiveLayer recomputes every second layer."""
+
+
+def checkpoint_activations(model: Any, mode: Mode, *, reentrant: bool) -> None:
+    """Recomputes activations in the backward pass instead of keeping them.
+
+    Under ZeRO-3 the reentrant form is needed: the other one compares shapes of parameters, which are empty once released.
+    The reentrant form in turn needs an input that requires a gradient, which a frozen embedding does not give; and it cannot
+    choose operators.
+
+    Args:
+        model: a transformers model, or one with adapters.
+        mode: what is recomputed.
+        reentrant: whether ZeRO-3 partitions the parameters.
+    """
+    if mode is Mode.NONE:
+        return
+    if reentrant:
+        model.enable_input_require_grads()
+    kwargs: dict[str, Any] = {"use_reentrant": reentrant}
+    if mode is Mode.SELECTIVE_OP:
+        assert not reentrant, "refused before"
+        kwargs["context_fn"] = _selective_contexts
+    every = SELECTED_LAYER_DISTANCE if mode is Mode.SELECTIVE_LAYER else 1
+    model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs=kwargs, every_n_layers=every, offload=mode is Mode.FULL_OFFLOAD
+    )
+
+
+def _selective_contexts() -> Any:
+    from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Any:
+    from torch.utils.checkpoint import CheckpointPolicy
+
+    return CheckpointPolicy.MUST_SAVE if is_kept(str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def is_kept(operator: str) -> bool:
+    """Whether SelectiveOp keeps the result of an operator, told by its name, such as `aten.mm.default`."""
+    name = operator.split(".")[1] if operator.count(".") >= 1 else operator
+    return name in _SAVED_OPERATORS or "attention" in name or "attn" in name

@@ -1,0 +1,102 @@
+"""Which weights are trained: adapters put on a model, or some of its own layers unfrozen."""
+
+from typing import Any
+
+from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchSpec
+from finetune_api.spec import AdapterVariant, Precision
+from finetune_trainer.errors import ConfigError
+
+ALL = ["All"]
+
+
+def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
+    """Puts an adapter on the chosen linear layers; everything else is frozen.
+
+    Raises:
+        ConfigError: a target module does not exist; the message names those that do.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
+    targets = adapter.target_modules
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        lora_dropout=adapter.dropout,
+        target_modules="all-linear" if targets == ALL else sorted(targets),
+        use_dora=adapter.variant is AdapterVariant.DORA,
+        use_rslora=adapter.variant is AdapterVariant.RSLORA,
+        task_type="CAUSAL_LM",
+    )
+    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise ConfigError(
+            f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
+            f"{', '.join(sorted(linear))} ({error})"
+        ) from error
+    if spec.training.precision is Precision.PURE_BF16:  # peft makes them float32, and no wrapper rounds them here
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def is_b_matrix(name: str) -> bool:
+    """Whether a parameter's name is that of an adapter's B matrix, which LoRA+ gives a rate of its own."""
+    return ".lora_B." in name or ".lora_embedding_B." in name
+
+
+def freeze(model: Any, chosen: LaunchFreeze, uri: str) -> None:
+    """Freezes all but the chosen modules of the first or last layers, and of the modules outside the layers.
+
+    Raises:
+        ConfigError: there are not so many layers, or no module of a name; the message names those that there are.
+    """
+    prefix, layers = _decoder_layers(model, uri)
+    count = chosen.trainable_layers
+    if abs(count) > len(layers):
+        raise ConfigError(f"freeze.trainableLayers: {count} is more than the {len(layers)} layers of {uri}")
+    model.requires_grad_(False)
+    inside = layers[len(layers) - count :] if count >= 0 else layers[:-count]
+    if chosen.trainable_modules == ALL:
+        for layer in inside:
+            layer.requires_grad_(True)
+    elif inside:
+        roots = [named for layer in inside for named in layer.named_modules()]
+        _unfreeze(roots, chosen.trainable_modules, "freeze.trainableModules", uri)
+    outside = [(n, m) for n, m in model.named_modules() if n and not _is_within(n, prefix) and not _holds(n, prefix)]
+    _unfreeze(outside, chosen.extra_modules, "freeze.extraModules", uri)
+
+
+def _is_within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(prefix + ".")
+
+
+def _holds(name: str, prefix: str) -> bool:
+    """Whether a module contains the layers: unfreezing it would unfreeze them."""
+    return prefix.startswith(name + ".")
+
+
+def _decoder_layers(model: Any, uri: str) -> tuple[str, list[Any]]:
+    import torch
+
+    number = model.config.get_text_config().num_hidden_layers
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+            return name, list(module)
+    raise ConfigError(f"method: Freeze: {type(model).__name__} of {uri} has no list of {number} layers")
+
+
+def _unfreeze(modules: list[tuple[str, Any]], names: list[str], field: str, uri: str) -> None:
+    """Unfreezes each module that has one of the names as a part of its path."""
+    for wanted in names:
+        found = [module for name, module in modules if wanted in name.split(".")]
+        found = [module for module in found if any(True for _ in module.parameters())]
+        if not found:
+            known = sorted({part for name, _ in modules for part in name.split(".") if part and not part.isdigit()})
+            raise ConfigError(f"{field}: {uri} has no module `{wanted}` there; it has {', '.join(known[:40])}")
+        for module in found:
+            module.requires_grad_(True)

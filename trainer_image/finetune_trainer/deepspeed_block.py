@@ -1,0 +1,74 @@
+"""The raw block `deepspeed.config`: merged over what the fields give, and checked by DeepSpeed's own schema.
+
+What fields decide is refused at admission (`finetune_api.deepspeed_config`). Here stands what only the trainer can know: which of
+DeepSpeed's top-level keys mean something to it, and what its device can do.
+"""
+
+from typing import Any
+
+from finetune_trainer.errors import ConfigError
+
+FIELD = "deepspeed.config"
+TOP_LEVEL = (
+    "comms_logger",
+    "communication_data_type",
+    "dump_state",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+)
+"""DeepSpeed ignores what it does not know, so only these are taken."""
+ONLY_CUDA = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+
+
+def merged(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
+    """`config` with the values of `raw` over it, object by object."""
+    out = dict(config)
+    for key, value in raw.items():
+        both = isinstance(value, dict) and isinstance(out.get(key), dict)
+        out[key] = merged(out[key], value) if both else value
+    return out
+
+
+def check_block(raw: dict[str, Any] | None, config: dict[str, Any], *, cuda: bool) -> None:
+    """Refuses a raw block that would not do what it says; to be called before the model is loaded.
+
+    Args:
+        raw: the job's block.
+        config: the whole configuration, with the block merged in.
+        cuda: whether ranks compute on GPUs.
+
+    Raises:
+        ConfigError: naming the key.
+    """
+    if not raw:
+        return
+    for key in raw:
+        if key not in TOP_LEVEL:
+            raise ConfigError(f"{FIELD}.{key}: is not taken here; allowed are {', '.join(TOP_LEVEL)}")
+    zero = raw.get("zero_optimization", {})
+    for key in ONLY_CUDA:
+        if zero.get(key) and not cuda:
+            raise ConfigError(f"{FIELD}.zero_optimization.{key}: needs GPUs; DeepSpeed has no CPU kernels for it")
+    for name, field in (("offload_optimizer", "offloadOptimizer"), ("offload_param", "offloadParameters")):
+        if name in zero and "device" not in config["zero_optimization"][name]:  # the field's
+            raise ConfigError(f"{FIELD}.zero_optimization.{name}: needs `deepspeed.{field}: CPU`")
+    _ask_deepspeed(config)
+
+
+def _ask_deepspeed(config: dict[str, Any]) -> None:
+    from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
+    from pydantic import ValidationError
+
+    try:
+        DeepSpeedConfig(config)
+    except ValidationError as error:
+        lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
+        raise ConfigError(f"{FIELD}: DeepSpeed's {error.title} refuses it: {'; '.join(lines)}") from error
+    except (AssertionError, DeepSpeedConfigError, TypeError, ValueError) as error:
+        raise ConfigError(f"{FIELD}: DeepSpeed refuses it: {error}") from error

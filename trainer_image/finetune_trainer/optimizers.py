@@ -1,0 +1,66 @@
+"""The optimizer that the job asks for, over the parameters that are trained, in groups."""
+
+import logging
+from typing import Any
+
+import torch
+
+from finetune_api.launch import LaunchSpec
+from finetune_api.spec import Offload, Optimizer, Precision
+from finetune_trainer.adapters import is_b_matrix
+
+RATE_MULTIPLIER = "rate_multiplier"
+"""Key of a group that learns at a multiple of the schedule's rate; without it the multiple is 1."""
+log = logging.getLogger("finetune_trainer")
+
+
+def build_optimizer(model: Any, spec: LaunchSpec) -> Any:
+    """AdamW in the wanted form. With the optimizer offloaded it is DeepSpeed's, which computes on the CPU."""
+    training = spec.training
+    arguments: dict[str, Any] = {
+        "lr": training.learning_rate,
+        "betas": (training.adam_beta1, training.adam_beta2),
+        "eps": training.adam_epsilon,
+    }
+    groups = parameter_groups(model, spec)
+    if spec.deepspeed.offload_optimizer is Offload.CPU:
+        from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+        full = training.precision is not Precision.PURE_BF16
+        return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=full, **arguments)
+    if training.optimizer is Optimizer.ADAMW:
+        return torch.optim.AdamW(groups, fused=True, **arguments)
+    return _bitsandbytes(training.optimizer, groups, arguments)
+
+
+def parameter_groups(model: Any, spec: LaunchSpec) -> list[dict[str, Any]]:
+    """Vectors (norms, biases) have no weight decay; with LoRA+ the B matrices have a rate of their own."""
+    decay = spec.training.weight_decay
+    ratio = spec.adapter.lora_plus_ratio if spec.adapter else None
+    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    matrices = [(n, p) for n, p in trainable if _dimensions(p) >= 2]
+    fast = [p for n, p in matrices if ratio is not None and is_b_matrix(n)]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for n, p in matrices if ratio is None or not is_b_matrix(n)], "weight_decay": decay},
+        {"params": [p for _, p in trainable if _dimensions(p) < 2], "weight_decay": 0.0},
+        {"params": fast, "weight_decay": decay, RATE_MULTIPLIER: ratio},
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: Any) -> int:
+    """Under ZeRO-3 a parameter is a flat slice that remembers its shape."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _bitsandbytes(optimizer: Optimizer, groups: list[dict[str, Any]], arguments: dict[str, Any]) -> Any:
+    import bitsandbytes.optim as bnb
+
+    if optimizer is not Optimizer.ADAMW_8BIT and not torch.cuda.is_available():
+        log.warning("training.optimizer: %s: nothing is paged on a CPU; it computes the same", optimizer)
+    kinds = {
+        Optimizer.ADAMW_8BIT: bnb.AdamW8bit,
+        Optimizer.PAGED_ADAMW: bnb.PagedAdamW,
+        Optimizer.PAGED_ADAMW_8BIT: bnb.PagedAdamW8bit,
+    }
+    return kinds[optimizer](groups, **arguments)

@@ -1,0 +1,40 @@
+"""The quantised base model of QLoRA: what transformers is told, and what it leaves undone.
+
+peft's `prepare_model_for_kbit_training` is not used: it turns every weight that is not quantised (embeddings, norms, head) into
+float32, which costs memory and changes what the model computes. Frozen weights keep their own precision here; adapters are
+float32 masters in bf16 compute, as on a base that is not quantised.
+"""
+
+import logging
+from typing import Any
+
+from finetune_api.launch import LaunchQuantization, LaunchSpec
+from finetune_api.spec import Precision, QuantizationBits
+
+log = logging.getLogger("finetune_trainer")
+
+
+def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec) -> Any:
+    """What `from_pretrained` takes as `quantization_config`: NF4 or LLM.int8() for every linear layer but the head."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    if quantization.bits is QuantizationBits.EIGHT:
+        # Its activations are rounded through float16 at every layer, with one message each time.
+        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+        log.info("8-bit: activations pass each quantised layer as float16 and int8, as in LLM.int8()")
+        return BitsAndBytesConfig(load_in_8bit=True)
+    compute = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=quantization.double_quantization,
+        bnb_4bit_compute_dtype=compute,
+    )
+
+
+def device_map() -> dict[str, Any]:
+    """Loads each weight straight to this rank's device, where it is quantised: the whole model is never in full precision."""
+    import torch
+
+    return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
