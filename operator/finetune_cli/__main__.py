@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CliError as error:
         print(f"finetune: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
     return status
 
 

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -75,17 +74,12 @@ class Machine:
             },
         }
 
-    @property
-    def command(self) -> list[str]:
+    def run(self, fresh: bool = False) -> int:
         file = self.folder / "job.yaml"
         file.write_text(json.dumps(self.body, indent=1))
-        return [str(file), "--volume", f"assets={self.assets.model.parent}", "--volume", f"work={self.folder}"]
-
-    def run(self, fresh: bool = False) -> int:
-        file, *_ = self.command
         volumes = [f"assets={self.assets.model.parent}", f"work={self.folder}"]
         return run.main(
-            argparse.Namespace(file=file, volume=volumes, secret=[], device="cpu", fresh=fresh), self._start
+            argparse.Namespace(file=str(file), volume=volumes, secret=[], device="cpu", fresh=fresh), self._start
         )
 
     def _start(self, command: list[str], environment: Mapping[str, str], log: Path, lock: int) -> Forked:
@@ -144,16 +138,13 @@ def test_the_result_is_that_of_the_clusters_pods(server: jobs.ForkServer, assets
 
     body, _ = admission.admit(local.body)
     job = FineTuneJob.from_object({**body, "metadata": {"name": "tiny", "namespace": "team", "uid": "uid-12345"}})
-    launch = resolve(job, 1, PlanConfig(trainer_image="trainer")).launch.to_json()
+    launch = resolve(job, 1, PlanConfig(trainer_image="trainer")).launch.model_dump_json(by_alias=True)
     launch = launch.replace("/mnt/pvc/assets", str(assets.model.parent)).replace(
         "/mnt/pvc/work", str(tmp_path / "pods")
     )
-    made = {**json.loads(launch), "rendezvous": {"host": "localhost", "port": jobs.free_port()}}
-    made["model"].setdefault("chatTemplate", None)
-    pods = []
-    for node in (0, 1):
-        complete = resolve(job, 1, PlanConfig(trainer_image="trainer")).launch.model_dump(mode="json", by_alias=True)
-        pods.append(jobs.Pod(tmp_path / "pods", {**complete, **made, "httpPort": jobs.free_port()}, server, node))
+    rendezvous = {"host": "localhost", "port": jobs.free_port()}
+    specs = [{**json.loads(launch), "rendezvous": rendezvous, "httpPort": jobs.free_port()} for _ in range(2)]
+    pods = [jobs.Pod(tmp_path / "pods", spec, server, node) for node, spec in enumerate(specs)]
     for pod in pods:
         assert pod.wait() == 0, pod.log
     exported = (tmp_path / "pods" / "output" / "adapter_model.safetensors").read_bytes()
@@ -197,34 +188,6 @@ def test_more_failures_than_allowed_are_a_failed_job(
     assert "1 failure, recovery.backoffLimit is 0" in capsys.readouterr().out
 
 
-def test_interrupted_in_a_terminal_and_run_again(unbroken: Machine, tmp_path: Path) -> None:
-    """A real command with a real trainer; the second run is told that the first one goes on."""
-    machine = Machine(tmp_path / "stopped", unbroken.server, unbroken.assets)
-    machine.body["spec"]["training"]["maxSteps"] = 4000
-    command = [sys.executable, "-m", "finetune_cli", "run", *machine.command, "--device", "cpu"]
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    environment = {**os.environ, "TMPDIR": str(scratch)}
-    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True, start_new_session=True)
-    state = wait_for_step(scratch, 5)
-    with pytest.raises(CliError, match=f"`tiny` is running already .process {process.pid}"):
-        machine.run()
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
-    said, _ = process.communicate(timeout=60)
-    assert process.returncode == 130
-    status = machine.kept["status"]
-    saved = status["lastCheckpoint"]["step"]
-    assert status["state"] == "Suspended" and saved >= state.step
-    assert f"interrupted, saved at step {saved}; the same command goes on" in said
-    assert not Path(f"/proc/{state.pid}").exists(), "nothing runs on"
-
-    machine.watch = lambda attempt, _: os.kill(os.getpid(), signal.SIGTERM) if attempt == 3 else None
-    machine.watch = _stop_at(saved + 5)
-    assert machine.run() == 130
-    attempts = machine.kept["status"]["attempts"]
-    assert attempts[1]["fromStep"] == saved and machine.kept["status"]["restarts"] == 0
-
-
 def _stop_at(step: int) -> Watch:
     def stop(_: int, scratch: Path) -> None:
         wait_for_step(scratch, step)
@@ -237,8 +200,13 @@ def test_interrupted_and_gone_on_is_identical(unbroken: Machine, tmp_path: Path)
     machine = Machine(tmp_path / "again", unbroken.server, unbroken.assets)
     machine.watch = _stop_at(3)
     assert machine.run() == 130
+    status = machine.kept["status"]
+    assert status["state"] == "Suspended" and status["lastCheckpoint"]["step"] >= 3
     machine.watch = None
     assert machine.run() == 0
+    attempts = machine.kept["status"]["attempts"]
+    assert attempts[1]["fromStep"] == status["lastCheckpoint"]["step"], "nothing was lost"
+    assert machine.kept["status"]["restarts"] == 0
     assert machine.weights == unbroken.weights
 
 
