@@ -74,12 +74,12 @@ RUN --mount=type=bind,from=tools,source=/tools,target=/tools \
     --mount=type=secret,id=ca-bundle \
     /tools/install /opt/requirements/trainer.txt
 # Compiled against the installed torch. DeepSpeed uses a prebuilt op only where its accelerator is the one of the build;
-# these two are plain C++ and serve both, so the comparison is answered by the machine that asks.
+# its CPU Adam is plain C++ and serves both, so the comparison is answered by the machine that asks.
 COPY images/portable-c++ /usr/local/bin/portable-c++
 COPY --from=lock /lock/compiled.txt /opt/requirements/
 RUN --mount=type=bind,from=tools,source=/tools,target=/tools \
     --mount=type=secret,id=ca-bundle \
-    CXX=portable-c++ DS_ACCELERATOR=cpu DS_BUILD_CPU_ADAM=1 DS_BUILD_SHM_COMM=1 \
+    CXX=portable-c++ DS_ACCELERATOR=cpu DS_BUILD_CPU_ADAM=1 \
     /tools/install /opt/requirements/compiled.txt --no-cache --no-build-isolation \
     && cd /opt/venv/lib/python3*/site-packages/deepspeed \
     && printf '%s\n' 'from deepspeed.accelerator import get_accelerator' 'accelerator_name = get_accelerator()._name' \

@@ -10,6 +10,10 @@ help: ## List the targets
 demo: ## Cluster, operator and a fine-tuned model, from nothing (about 25 min; again: 10 s and the training)
 	@exec $(PYTHON) -m demo
 
+.PHONY: run
+run: ## The demo's job on this machine, without a cluster (about 7 min; again: the training); ARGS=--fresh begins anew
+	@exec $(PYTHON) -m demo run $(ARGS)
+
 .PHONY: test
 test: ## All tests, with what they need; TESTS=... is for pytest
 	@exec $(PYTHON) -m demo test $(TESTS)

@@ -1,4 +1,4 @@
-"""`python3 -m demo [demo | test | lint | down]`: checks the machine, then hands over.
+"""`python3 -m demo [demo | run | assets | test | lint | down]`: checks the machine, then hands over.
 
 Standard library only, since it runs before anything is installed.
 """
@@ -6,15 +6,16 @@ Standard library only, since it runs before anything is installed.
 import os
 import sys
 
-from demo import checks, commands, environment, preflight, teardown
+from demo import checks, commands, environment, local, preflight, teardown
 
 
 def main() -> int:
-    """Runs the demo, the tests or the linters, and returns the exit status."""
+    """Runs the demo, the job on this machine, the tests or the linters, and returns the exit status."""
     what, *arguments = sys.argv[1:] or ["demo"]
-    if what not in ("demo", "test", "lint", "down"):
+    if what not in ("demo", "run", "assets", "test", "lint", "down"):
         print(
-            f"usage: python3 -m demo [demo | test [PYTEST_OPTION...] | lint | down [--purge]], got `{what}`",
+            "usage: python3 -m demo [demo | run [FINETUNE_RUN_OPTION...] | assets FOLDER | test [PYTEST_OPTION...] | lint"
+            f" | down [--purge]], got `{what}`",
             file=sys.stderr,
         )
         return 2
@@ -23,6 +24,10 @@ def main() -> int:
         return checks.lint_only()
     if what == "down":
         return teardown.down(arguments)
+    if what == "run":
+        return local.main(arguments)
+    if what == "assets":
+        return local.prepare(arguments)
     problems = preflight.problems()
     if problems:
         print(f"make {what} cannot run here yet:\n", file=sys.stderr)

@@ -11,18 +11,16 @@ MIN_PYTHON = (3, 11)
 BELOW_PYTHON = (3, 14)
 FREE_GIB = 40
 """Two images, the cluster's copies of them, and what is unpacked in between."""
+LOCAL_FREE_GIB = 16
+"""The environment with torch for CUDA, uv's copy of it where that is on another file system, the model."""
 MEMORY_GIB = 7
 
 
 def problems() -> list[str]:
     """Returns what is missing, each with what to do; empty where all is there."""
-    found = []
+    found = _basics("demo")
     if sys.platform != "linux":
-        found.append(f"Linux is needed (Debian or Ubuntu), this is {platform.system()}.")
         return found
-    if not MIN_PYTHON <= sys.version_info[:2] < BELOW_PYTHON:
-        version = ".".join(map(str, sys.version_info[:2]))
-        found.append(f"Python 3.11, 3.12 or 3.13 is needed, `python3` is {version}: make demo PYTHON=python3.12")
     if not (_kubeconfig() or _docker_answers() or os.geteuid() == 0):
         found.append(
             "A cluster is needed: set KUBECONFIG to one, or start Docker (kind is used then), or run this as root"
@@ -33,6 +31,25 @@ def problems() -> list[str]:
     free_gib = shutil.disk_usage(Path.home()).free / 2**30
     if free_gib < FREE_GIB and not _built_before():
         found.append(f"{FREE_GIB} GiB of free disk are needed in {Path.home()}, there are {free_gib:.0f}.")
+    return found
+
+
+def local_problems() -> list[str]:
+    """The same for what needs no cluster: `make run`."""
+    found = _basics("run")
+    free_gib = shutil.disk_usage(Path.home()).free / 2**30
+    if free_gib < LOCAL_FREE_GIB and not _built_before():
+        found.append(f"{LOCAL_FREE_GIB} GiB of free disk are needed in {Path.home()}, there are {free_gib:.0f}.")
+    return found
+
+
+def _basics(target: str) -> list[str]:
+    if sys.platform != "linux":
+        return [f"Linux is needed (Debian or Ubuntu), this is {platform.system()}."]
+    found = []
+    if not MIN_PYTHON <= sys.version_info[:2] < BELOW_PYTHON:
+        version = ".".join(map(str, sys.version_info[:2]))
+        found.append(f"Python 3.11, 3.12 or 3.13 is needed, `python3` is {version}: make {target} PYTHON=python3.12")
     memory_gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     if memory_gib < MEMORY_GIB:
         found.append(f"{MEMORY_GIB} GiB of memory are needed, there are {memory_gib:.1f}.")

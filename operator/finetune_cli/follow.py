@@ -4,6 +4,7 @@ The job's status says what happens; while it trains, rank 0 is asked for its own
 which is finer than what status keeps. Whoever may not use the proxy sees the coarser figures.
 """
 
+import argparse
 import json
 import sys
 import time
@@ -11,22 +12,29 @@ from typing import Any
 
 from kubernetes import client, config
 from kubernetes.client.exceptions import ApiException
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from urllib3.exceptions import HTTPError
 
 from finetune_api.job import GROUP, LABEL_ATTEMPT, LABEL_JOB_NAME, PLURAL, VERSION, FineTuneJob
 from finetune_api.reports import ProgressReport
 from finetune_api.status import State
-from finetune_cli.view import FINISHED, figures, headline, state_line
+from finetune_cli.display import open_display
+from finetune_cli.errors import CliError
+from finetune_cli.view import FINISHED, state_line
 
 POLL_SECONDS = 1.0
-PLAIN_LINE_SECONDS = 10.0
-"""Without a terminal a line is printed this often at most."""
 
 
-class FollowError(Exception):
+class FollowError(CliError):
     """The job cannot be followed; the message says why."""
+
+
+def main(options: argparse.Namespace) -> int:
+    """Follows the job of a command line; see `run`."""
+    try:
+        return run(options.name, options.namespace, options.timeout)
+    except KeyboardInterrupt:
+        print("\nstopped watching; the job goes on", file=sys.stderr)
+        return 130
 
 
 def run(name: str, namespace: str | None, timeout_seconds: float | None) -> int:
@@ -39,23 +47,16 @@ def run(name: str, namespace: str | None, timeout_seconds: float | None) -> int:
         FollowError: no cluster answers, the job does not exist, or the time is over.
     """
     source = _JobSource(name, namespace)
-    console = Console(stderr=False, highlight=False)
-    display = _Bar(console, name) if console.is_terminal else _Lines(name)
     deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
-    last_shown: tuple[object, ...] = ()
-    with display:
+    with open_display(name) as display:
         while True:
             job = source.job()
-            line = state_line(job)
-            if (shown := headline(job)) != last_shown:
-                display.state(line)
-                last_shown = shown
             if job.status.state in FINISHED:
-                display.figures(job, None)
+                display.show(job, None)
                 return 0 if job.status.state is State.COMPLETE else 1
-            display.figures(job, source.progress(job))
+            display.show(job, source.progress(job))
             if deadline and time.monotonic() > deadline:
-                raise FollowError(f"`{name}` has not finished after {timeout_seconds:.0f} s: {line}")
+                raise FollowError(f"`{name}` has not finished after {timeout_seconds:.0f} s: {state_line(job)}")
             time.sleep(POLL_SECONDS)
 
 
@@ -108,71 +109,3 @@ class _JobSource:
             return ProgressReport.model_validate(json.loads(answer.data))
         except (ApiException, HTTPError, ValueError):
             return None
-
-
-class _Bar:
-    """A progress bar for a terminal, with the state's changes above it."""
-
-    def __init__(self, console: Console, name: str) -> None:
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn(
-                "{task.fields[steps]}  loss {task.fields[loss]}  {task.fields[rate]} tokens/s  ETA {task.fields[eta]}"
-            ),
-            console=console,
-        )
-        self._name = name
-        self._task: TaskID | None = None
-
-    def __enter__(self) -> None:
-        self._progress.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def state(self, line: str) -> None:
-        self._progress.console.print(f"{time.strftime('%H:%M:%S')}  {line}", markup=False)
-
-    def figures(self, job: FineTuneJob, report: ProgressReport | None) -> None:
-        shown = figures(job, report)
-        if shown is None:
-            return
-        fields: dict[str, Any] = {
-            "steps": f"{shown.step}/{shown.total_steps or '?'}",
-            "loss": shown.loss,
-            "rate": shown.tokens_per_second,
-            "eta": shown.eta,
-        }
-        if self._task is None:
-            self._task = self._progress.add_task(self._name, total=shown.total_steps, **fields)
-        self._progress.update(self._task, completed=shown.step, total=shown.total_steps, **fields)
-
-
-class _Lines:
-    """Plain lines, for logs and pipes."""
-
-    def __init__(self, name: str) -> None:
-        self._name = name
-        self._printed_at = float("-inf")
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def state(self, line: str) -> None:
-        print(f"{time.strftime('%H:%M:%S')}  {self._name}  {line}", flush=True)
-
-    def figures(self, job: FineTuneJob, report: ProgressReport | None) -> None:
-        shown = figures(job, report)
-        if shown is None or time.monotonic() - self._printed_at < PLAIN_LINE_SECONDS:
-            return
-        self._printed_at = time.monotonic()
-        print(
-            f"{time.strftime('%H:%M:%S')}  {self._name}  step {shown.step}/{shown.total_steps or '?'}"
-            f"  loss {shown.loss}  {shown.tokens_per_second} tokens/s  ETA {shown.eta}",
-            flush=True,
-        )
-        sys.stdout.flush()

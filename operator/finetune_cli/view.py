@@ -37,8 +37,10 @@ def headline(job: FineTuneJob) -> tuple[object, ...]:
 
 
 def figures(job: FineTuneJob, report: ProgressReport | None) -> Figures | None:
-    """The newest figures: the trainer's own where it answers, else the coarser ones in status; None before training."""
+    """The newest figures: the trainer's own where it answers, else the coarser ones in status; None while it loads."""
     if report is not None:
+        if report.total_steps is None:
+            return None
         return Figures(
             report.step,
             report.total_steps,
@@ -47,7 +49,7 @@ def figures(job: FineTuneJob, report: ProgressReport | None) -> Figures | None:
             duration(report.eta_seconds),
         )
     progress = job.status.progress
-    if progress is None:
+    if progress is None or progress.total_steps is None:
         return None
     return Figures(
         progress.step,

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from demo import assets, commands, preflight
+from demo import assets, commands, local, preflight
 from demo.checks import Outcome
 from demo.lines import LineBoard, duration
 from demo.setup import _image_values
@@ -145,3 +145,29 @@ def test_what_is_missing_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(preflight, "FREE_GIB", 0)
     (problem,) = preflight.problems()
     assert "KUBECONFIG" in problem and "Docker" in problem and "sudo make demo" in problem
+
+
+def test_a_folder_is_filled_once_as_the_volume_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make run` without what takes long: packages and conversion are there already."""
+    cached = assets.Assets(tmp_path / "0123", tmp_path / "model-0123", tmp_path / "data-0123")
+    for folder, name in ((cached.model, "model.safetensors"), (cached.humaneval, "train.jsonl")):
+        folder.mkdir()
+        (folder / name).write_text("x")
+    monkeypatch.setattr(assets, "fetch", lambda _: cached)
+    target = tmp_path / "volume"
+    local.fill(target, Path("/no/python"), tmp_path / "log")
+    model = target / "models" / assets.MODEL / "model.safetensors"
+    assert model.read_text() == "x" and (target / "datasets" / "humaneval" / "train.jsonl").read_text() == "x"
+    model.write_text("kept")
+    local.fill(target, Path("/no/python"), tmp_path / "log")
+    assert model.read_text() == "kept", "the same assets are not copied again"
+    (target / local.MARKER).write_text("older")
+    local.fill(target, Path("/no/python"), tmp_path / "log")
+    assert model.read_text() == "x"
+
+
+def test_what_make_run_starts_is_the_job_of_the_demo() -> None:
+    from demo.run import EXAMPLE
+    from demo.volume import CLAIM
+
+    assert (local.EXAMPLE, local.CLAIM) == (EXAMPLE, CLAIM)

@@ -1,7 +1,7 @@
 """Runs one pod's share of a job: `python -m finetune_trainer --launch launch.json`.
 
-The same command runs a job on one's own machine; give `--termination-log report.json` there, since /dev/termination-log
-exists in containers only.
+`finetune run` starts the same command on one's own machine, with `--termination-log report.json`, since /dev/termination-log
+exists in containers only, and `--http-host 127.0.0.1`.
 """
 
 import signal

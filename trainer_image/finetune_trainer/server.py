@@ -15,14 +15,14 @@ from finetune_trainer.state import RankState
 States = Callable[[], list[RankState]]
 
 
-def bind(port: int) -> socket.socket:
-    """A listening socket on all interfaces.
+def bind(port: int, host: str = "") -> socket.socket:
+    """A listening socket, without `host` on all interfaces.
 
     Raises:
         ConfigError: the port is taken.
     """
     try:
-        return socket.create_server(("", port), backlog=64)
+        return socket.create_server((host, port), backlog=64)
     except OSError as error:
         raise ConfigError(f"httpPort: port {port} cannot be listened on: {error.strerror}") from error
 

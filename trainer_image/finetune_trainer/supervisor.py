@@ -56,6 +56,7 @@ def main(arguments: list[str], stop_requests: list[int]) -> int:
     parser.add_argument(
         "--termination-log", type=Path, default=Path("/dev/termination-log"), help="where the report goes"
     )
+    parser.add_argument("--http-host", default="", help="address of /progress and /metrics; default: all interfaces")
     options = parser.parse_args(arguments)
     setup_logging(rank=None)
     with tempfile.TemporaryDirectory(prefix="finetune-", ignore_cleanup_errors=True) as folder:
@@ -63,7 +64,7 @@ def main(arguments: list[str], stop_requests: list[int]) -> int:
         state: RankState | None = None
         try:
             spec = read_launch(options.launch)
-            listener = server.bind(spec.http_port)
+            listener = server.bind(spec.http_port, options.http_host)
             gang = Gang.start(spec, options.launch, int(os.environ.get("JOB_COMPLETION_INDEX", "0")), scratch)
             ranks = sorted(gang.processes)
             server.serve(listener, lambda: [s for r in ranks if (s := read_state(scratch, r))], spec.attempt)

@@ -1,0 +1,1 @@
+"""Stands for the trainer where only the processes around it are tested."""
