@@ -11,11 +11,14 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.spec import (
     ActivationCheckpointing,
+    ColumnsSpec,
     DatasetFormat,
     Method,
     Offload,
+    Overlong,
     Precision,
     Scheduler,
+    TagsSpec,
     ZeroStage,
 )
 
@@ -46,6 +49,13 @@ class LaunchDataset(ApiModel):
     source: PathSource | HubSource = Field(discriminator="kind")
     format: DatasetFormat
     max_samples: int | None
+    split: str | None
+    columns: ColumnsSpec | None
+    """Other names of the format's columns."""
+    tags: TagsSpec | None
+    """Other names of turns' keys and roles."""
+    weight: float | None
+    """Relative share of the mixed rows; None: every record once an epoch."""
 
 
 class LaunchModel(ApiModel):
@@ -53,7 +63,7 @@ class LaunchModel(ApiModel):
     """As the user wrote it, for messages."""
     source: PathSource | HubSource = Field(discriminator="kind")
     chat_template: str | None
-    """A Jinja template; None: the tokenizer's own."""
+    """A name of `CHAT_TEMPLATES` or a Jinja template; None: the tokenizer's own."""
 
 
 class LaunchAdapter(ApiModel):
@@ -66,7 +76,7 @@ class LaunchAdapter(ApiModel):
 
 class LaunchTraining(ApiModel):
     max_length: int
-    """Tokens of one sample, or of one packed row; longer samples are truncated."""
+    """Tokens of one sample, or of one packed row."""
     packing: bool
     global_batch_size: int
     """Rows of one optimizer step over all ranks."""
@@ -87,6 +97,10 @@ class LaunchTraining(ApiModel):
     activation_checkpointing: ActivationCheckpointing
     seed: int
     eval_every_steps: int | None
+    overlong: Overlong
+    train_on_prompt: bool
+    mask_history: bool
+    group_by_length: bool
 
 
 class LaunchDeepSpeed(ApiModel):

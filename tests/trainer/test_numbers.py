@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_api.launch import LaunchDataset, PathSource
-from finetune_api.spec import DatasetFormat, Scheduler
+from finetune_api.launch import LaunchDataset
+from finetune_api.spec import Scheduler
 from finetune_trainer.data.batches import IGNORE, Rows
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore, build_store
@@ -25,9 +25,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def store(assets: Assets) -> TokenStore:
-    dataset = LaunchDataset(
-        uri="x", source=PathSource(path=str(assets.train)), format=DatasetFormat.AUTO, max_samples=None
-    )
+    dataset = LaunchDataset.model_validate(jobs.dataset(assets.train))
     return build_store([(dataset, assets.train)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
 
 

@@ -54,6 +54,22 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
     if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
+    _check_data(spec)
+
+
+def _check_data(spec: LaunchSpec) -> None:
+    training = spec.training
+    if training.train_on_prompt and training.mask_history:
+        raise ConfigError("training.maskHistory: not together with trainOnPrompt, which learns every turn")
+    if training.group_by_length and training.packing:
+        raise ConfigError("training.groupByLength: only for packing: false; packed rows are of one length anyway")
+    weighted = [dataset.weight is not None for dataset in spec.train]
+    if any(weighted) and not all(weighted):
+        raise ConfigError("datasets.train.weight: set it on every data set in `train`, or on none")
+    if any(dataset.weight is not None for dataset in spec.evaluation):
+        raise ConfigError("datasets.evaluation.weight: only for data sets in `train`; remove it")
+    if any(d.tags and d.format not in ("ShareGPT", "Messages") for d in [*spec.train, *spec.evaluation]):
+        raise ConfigError("datasets.tags: needs format ShareGPT or Messages")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:
@@ -70,6 +86,7 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         "model.uri": spec.model.uri,
         "model.revision": model_revision,
         "datasets.train": train_digest,
+        "datasets.train.weight": [d.weight for d in spec.train] if spec.train[0].weight is not None else None,
         "method": str(spec.method),
         **{f"adapter.{k}": v for k, v in (spec.adapter.to_wire() if spec.adapter else {}).items()},
         **{f"training.{k}": v for k, v in training.items()},

@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune_api.launch import LaunchAdapter, LaunchSpec
 from finetune_api.spec import ActivationCheckpointing, Method, Precision
+from finetune_trainer.data.chat_templates import set_chat_template
 from finetune_trainer.errors import ConfigError
 
 log = logging.getLogger("finetune_trainer")
@@ -62,7 +63,7 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
     """The model's tokenizer, with the job's chat template if it has one.
 
     Raises:
-        ConfigError: transformers cannot read it.
+        ConfigError: transformers cannot read it, or it does not fit the job's template.
     """
     from transformers import AutoTokenizer
 
@@ -71,7 +72,7 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the tokenizer cannot be read: {error}") from error
     if spec.model.chat_template is not None:
-        tokenizer.chat_template = spec.model.chat_template
+        set_chat_template(tokenizer, spec.model.chat_template)
     return tokenizer
 
 

@@ -150,6 +150,10 @@ def _dataset(dataset: DatasetSpec, mounts: Mounts) -> LaunchDataset:
         source=_source(dataset.uri, dataset.revision, dataset.credentials_ref, mounts),
         format=dataset.format,
         max_samples=dataset.max_samples,
+        split=dataset.split,
+        columns=dataset.columns,
+        tags=dataset.tags,
+        weight=float(dataset.weight) if dataset.weight is not None else None,
     )
 
 
@@ -182,4 +186,8 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         activation_checkpointing=training.activation_checkpointing,
         seed=training.seed,
         eval_every_steps=training.eval_every_steps,
+        overlong=training.overlong,
+        train_on_prompt=training.train_on_prompt,
+        mask_history=training.mask_history,
+        group_by_length=training.group_by_length,
     )
