@@ -97,6 +97,10 @@ LoraPlusRatio = _decimal(
     lambda x: 1 <= x <= 1000,
 )
 """A multiple of the learning rate."""
+Weight = _decimal(
+    'must be a decimal number above 0, in quotes, such as "0.7" or "2"', "double(self) > 0.0", lambda x: x > 0
+)
+"""A relative share."""
 
 _CLAIM = r"pvc://[a-z0-9]([-a-z0-9.]{0,251}[a-z0-9])?"
 _HUB = r"hf://(datasets/)?[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*"

@@ -13,13 +13,16 @@ from finetune_api.deepspeed_config import DeepSpeedConfig
 from finetune_api.spec import (
     ActivationCheckpointing,
     AdapterVariant,
+    ColumnsSpec,
     DatasetFormat,
     Method,
     Offload,
     Optimizer,
+    Overlong,
     Precision,
     QuantizationBits,
     Scheduler,
+    TagsSpec,
     ZeroStage,
 )
 
@@ -50,6 +53,13 @@ class LaunchDataset(ApiModel):
     source: PathSource | HubSource = Field(discriminator="kind")
     format: DatasetFormat
     max_samples: int | None
+    split: str | None
+    columns: ColumnsSpec | None
+    """Other names of the format's columns."""
+    tags: TagsSpec | None
+    """Other names of turns' keys and roles."""
+    weight: float | None
+    """Relative share of the mixed rows; None: every record once an epoch."""
 
 
 class LaunchModel(ApiModel):
@@ -57,7 +67,7 @@ class LaunchModel(ApiModel):
     """As the user wrote it, for messages."""
     source: PathSource | HubSource = Field(discriminator="kind")
     chat_template: str | None
-    """A Jinja template; None: the tokenizer's own."""
+    """A name of `CHAT_TEMPLATES` or a Jinja template; None: the tokenizer's own."""
 
 
 class LaunchAdapter(ApiModel):
@@ -100,7 +110,7 @@ class LaunchSchedulerParameters(ApiModel):
 
 class LaunchTraining(ApiModel):
     max_length: int
-    """Tokens of one sample, or of one packed row; longer samples are truncated."""
+    """Tokens of one sample, or of one packed row."""
     packing: bool
     global_batch_size: int
     """Rows of one optimizer step over all ranks."""
@@ -128,6 +138,10 @@ class LaunchTraining(ApiModel):
     warmup_steps: int | None
     """Set: `warmup_ratio` is 0 and has no meaning."""
     scheduler_parameters: LaunchSchedulerParameters
+    overlong: Overlong
+    train_on_prompt: bool
+    mask_history: bool
+    group_by_length: bool
 
 
 class LaunchDeepSpeed(ApiModel):

@@ -21,6 +21,7 @@ from finetune_api.base import (
     Ratio,
     ResourceName,
     VolumeUri,
+    Weight,
     rules,
 )
 from finetune_api.deepspeed_config import DeepSpeedConfig
@@ -119,11 +120,30 @@ class SecretKeyRef(ApiModel):
 HUB_ONLY = "is only for `hf://` URIs; remove it or use an `hf://` URI"
 
 
+class Overlong(StrEnum):
+    TRUNCATE = "Truncate"
+    TRUNCATE_SHARE = "TruncateShare"
+    DROP = "Drop"
+    SPLIT = "Split"
+
+
+CHAT_TEMPLATES = ("llama2", "llama3", "codellama", "chatml", "qwen", "mistral", "gemma", "llava")
+"""Templates that `model.chatTemplate` knows by name."""
+CHAT_TEMPLATE_RULE = (
+    f"`chatTemplate` must be one of {', '.join(CHAT_TEMPLATES)}, or a Jinja template (with `{{{{` or `{{%`)"
+)
+
+
 class ModelSpec(ApiModel):
     model_config = {
         "json_schema_extra": rules(
             ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
             ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+            (
+                "!has(self.chatTemplate) || self.chatTemplate.contains('{{') || self.chatTemplate.contains('{%')"
+                f" || self.chatTemplate in {list(CHAT_TEMPLATES)}",
+                CHAT_TEMPLATE_RULE,
+            ),
         )
     }
 
@@ -136,7 +156,52 @@ class ModelSpec(ApiModel):
     credentials_ref: SecretKeyRef | None = None
     """Token for an `hf://` model that is private or gated."""
     chat_template: Annotated[str, Field(min_length=1, max_length=32768)] | None = None
-    """Jinja chat template that replaces the tokenizer's own."""
+    """Chat template that replaces the tokenizer's own: one of the names llama2, llama3, codellama, chatml, qwen, mistral,
+    gemma and llava, or a Jinja template."""
+
+
+class ColumnsSpec(ApiModel):
+    """What a data set calls the columns that its format needs; absent: the format's own names."""
+
+    prompt: Short | None = None
+    """Alpaca's `instruction`."""
+    query: Short | None = None
+    """Alpaca's `input`."""
+    response: Short | None = None
+    """Alpaca's `output`."""
+    history: Short | None = None
+    """Alpaca's `history`: pairs of earlier questions and answers."""
+    messages: Short | None = None
+    """The list of turns: ShareGPT's `conversations`, Messages' `messages`."""
+    system: Short | None = None
+    """`system`: the system turn's text."""
+    tools: Short | None = None
+    """`tools`: the functions that the assistant may call, a list or its JSON text."""
+    text: Short | None = None
+    """Text's `text`."""
+
+
+class TagsSpec(ApiModel):
+    """How the turns of ShareGPT and Messages are written; absent: the format's own names."""
+
+    role_tag: Short | None = None
+    """Key of a turn's role: ShareGPT's `from`, Messages' `role`."""
+    content_tag: Short | None = None
+    """Key of a turn's text: ShareGPT's `value`, Messages' `content`."""
+    user_tag: Short | None = None
+    """The user's role: ShareGPT's `human` (or `user`), Messages' `user`."""
+    assistant_tag: Short | None = None
+    """The assistant's role: ShareGPT's `gpt` (or `assistant`), Messages' `assistant`."""
+    observation_tag: Short | None = None
+    """The role of a function's result: ShareGPT's `observation` (or `tool`), Messages' `tool`."""
+    function_tag: Short | None = None
+    """The role of a turn in which the assistant calls functions, its text being JSON: ShareGPT's `function_call`. Messages
+    has `tool_calls` in the assistant's turn instead."""
+    system_tag: Short | None = None
+    """The system turn's role: `system`."""
+
+
+_NOT_HERE = "which `format: {}` does not have"
 
 
 class DatasetSpec(ApiModel):
@@ -144,12 +209,33 @@ class DatasetSpec(ApiModel):
         "json_schema_extra": rules(
             ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
             ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+            (
+                "!has(self.tags) || self.format in ['ShareGPT', 'Messages']",
+                "`tags` needs `format: ShareGPT` or `format: Messages`",
+            ),
+            (
+                "!has(self.columns) || self.format != 'Alpaca' || !(has(self.columns.messages) || has(self.columns.text))",
+                f"`columns` names `messages` or `text`, {_NOT_HERE.format('Alpaca')}",
+            ),
+            (
+                "!has(self.columns) || !(self.format in ['ShareGPT', 'Messages']) || !(has(self.columns.prompt)"
+                " || has(self.columns.query) || has(self.columns.response) || has(self.columns.history)"
+                " || has(self.columns.text))",
+                "`columns` names `prompt`, `query`, `response`, `history` or `text`, "
+                "which `format: ShareGPT` and `format: Messages` do not have",
+            ),
+            (
+                "!has(self.columns) || self.format != 'Text' || !(has(self.columns.prompt) || has(self.columns.query)"
+                " || has(self.columns.response) || has(self.columns.history) || has(self.columns.messages)"
+                " || has(self.columns.system) || has(self.columns.tools))",
+                f"`columns` names more than `text`, {_NOT_HERE.format('Text')}",
+            ),
         )
     }
 
     uri: DatasetUri
-    """A .jsonl, .json or .parquet file, or a folder of them: `hf://datasets/org/name[/path]`, `pvc://claim/path` or
-    `file:///path`."""
+    """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a folder written by Hugging Face's `save_to_disk`:
+    `hf://datasets/org/name[/path]`, `pvc://claim/path` or `file:///path`."""
     format: DatasetFormat = DatasetFormat.AUTO
     """Layout of one record. Auto tells it from the first record's keys."""
     max_samples: Annotated[int, Field(ge=1)] | None = None
@@ -158,9 +244,33 @@ class DatasetSpec(ApiModel):
     """Branch, tag or commit of an `hf://` data set."""
     credentials_ref: SecretKeyRef | None = None
     """Token for an `hf://` data set that is private or gated."""
+    split: Short | None = None
+    """Of a saved `DatasetDict`: the split to read. Of a folder of files: only those that have it as a word in their name or
+    their folder's."""
+    columns: ColumnsSpec | None = None
+    """What this data set calls the columns of its format."""
+    tags: TagsSpec | None = None
+    """How this data set writes turns and roles."""
+    weight: Weight | None = None
+    """Relative share of this data set in the rows of an epoch, a decimal in quotes; an epoch has as many rows as all data
+    sets together, and a data set with too few of them repeats, one with too many takes turns. With `packing` a row holds
+    samples of one data set only. Absent: every record once an epoch."""
 
 
 class DatasetsSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "self.train.all(d, has(d.weight)) || !self.train.exists(d, has(d.weight))",
+                "set `weight` on every data set in `train`, or on none",
+            ),
+            (
+                "!has(self.evaluation) || !self.evaluation.exists(d, has(d.weight))",
+                "`weight` is only for data sets in `train`; remove it from `evaluation`",
+            ),
+        )
+    }
+
     train: Annotated[list[DatasetSpec], Field(min_length=1, max_length=16)]
     """Data sets to train on, mixed record by record."""
     evaluation: Annotated[list[DatasetSpec], Field(max_length=16)] = []
@@ -249,11 +359,19 @@ class TrainingSpec(ApiModel):
             _only_for("power", "Polynomial"),
             _only_for("timescale", "InverseSqrt"),
             _only_for("numDecaySteps", "WarmupStableDecay"),
+            (
+                "!(self.trainOnPrompt && self.maskHistory)",
+                "set `trainOnPrompt` or `maskHistory`, not both: one learns every turn, the other only the last answer",
+            ),
+            (
+                "!(self.groupByLength && self.packing)",
+                "`groupByLength` is only for `packing: false`: packed rows are of one length anyway",
+            ),
         )
     }
 
     max_length: Annotated[int, Field(ge=8, le=1048576)] = 2048
-    """Tokens of one sample (longer ones are truncated) or, with `packing`, of one packed row."""
+    """Tokens of one sample (what becomes of longer ones: `overlong`) or, with `packing`, of one packed row."""
     packing: bool = False
     """Put several samples into one row; they never see each other."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
@@ -298,6 +416,16 @@ class TrainingSpec(ApiModel):
     """Steps in which the learning rate rises from 0; instead of `warmupRatio`."""
     scheduler_parameters: SchedulerParametersSpec | None = None
     """Parameters of some schedulers, named as in transformers."""
+    overlong: Overlong = Overlong.TRUNCATE
+    """Samples of more than `maxLength` tokens. Truncate: the end goes. TruncateShare: prompts and answers are cut in
+    proportion, turn by turn, and turns that no longer fit go. Drop: the sample goes. Split: the sample becomes several rows,
+    cut between turns where that can be."""
+    train_on_prompt: bool = False
+    """Also learn the prompts, not only the assistant's turns."""
+    mask_history: bool = False
+    """Learn only the last of the assistant's turns."""
+    group_by_length: bool = False
+    """Put rows of similar length into the same step: less padding, and a less random order."""
 
 
 class DeepSpeedSpec(ApiModel):

@@ -172,6 +172,61 @@ BAD: dict[str, Bad] = {
     "suspend in words": Bad("spec.suspend", "yes please", ("spec.suspend", "type boolean")),
     "unknown field": Bad("spec.training.batchSize", 4, ("unknown field", "spec.training.batchSize")),
     "misspelt block": Bad("spec.trainning", {}, ("unknown field", "spec.trainning")),
+    "unknown chat template": Bad(
+        "spec.model.chatTemplate", "vicuna", ("spec.model", "`chatTemplate` must be one of llama2,", "Jinja")
+    ),
+    "tags without turns": Bad(
+        "spec.datasets.train.0",
+        {"uri": "pvc://c/x", "format": "Alpaca", "tags": {"roleTag": "who"}},
+        ("spec.datasets.train[0]", "`tags` needs `format: ShareGPT`"),
+    ),
+    "tags with Auto": Bad(
+        "spec.datasets.train.0",
+        {"uri": "pvc://c/x", "tags": {"roleTag": "who"}},
+        ("spec.datasets.train[0]", "`tags` needs `format: ShareGPT`"),
+    ),
+    "columns of another format": Bad(
+        "spec.datasets.train.0.columns",
+        {"prompt": "question"},
+        ("spec.datasets.train[0]", "which `format: ShareGPT` and `format: Messages` do not have"),
+    ),
+    "Alpaca has no messages": Bad(
+        "spec.datasets.train.0",
+        {"uri": "pvc://c/x", "format": "Alpaca", "columns": {"messages": "chat"}},
+        ("spec.datasets.train[0]", "which `format: Alpaca` does not have"),
+    ),
+    "Text has one column": Bad(
+        "spec.datasets.train.0",
+        {"uri": "pvc://c/x", "format": "Text", "columns": {"text": "body", "system": "sys"}},
+        ("spec.datasets.train[0]", "which `format: Text` does not have"),
+    ),
+    "unknown column": Bad(
+        "spec.datasets.train.0.columns", {"answer": "x"}, ("unknown field", "spec.datasets.train[0].columns.answer")
+    ),
+    "weight on one of two": Bad(
+        "spec.datasets.train",
+        [{"uri": "pvc://c/x", "weight": "0.5"}, {"uri": "pvc://c/y"}],
+        ("spec.datasets", "set `weight` on every data set in `train`, or on none"),
+    ),
+    "weight in evaluation": Bad(
+        "spec.datasets.evaluation.0.weight", "0.5", ("spec.datasets", "`weight` is only for data sets in `train`")
+    ),
+    "weight 0": Bad(
+        "spec.datasets.train.0.weight", "0", ("spec.datasets.train[0].weight", "must be a decimal number above 0")
+    ),
+    "unknown overlong": Bad(
+        "spec.training.overlong", "Cut", ("spec.training.overlong", "Truncate", "TruncateShare", "Drop", "Split")
+    ),
+    "prompts and history": Bad(
+        "spec.training",
+        {"globalBatchSize": 8, "trainOnPrompt": True, "maskHistory": True},
+        ("spec.training", "set `trainOnPrompt` or `maskHistory`, not both"),
+    ),
+    "packed and grouped": Bad(
+        "spec.training",
+        {"globalBatchSize": 8, "packing": True, "groupByLength": True},
+        ("spec.training", "`groupByLength` is only for `packing: false`"),
+    ),
     "name too long": Bad("metadata.name", "a" * 51, ("metadata.name", "at most 50")),
     "name begins with a digit": Bad("metadata.name", "7b-lora", ("metadata.name", "begin with a letter")),
     "freeze block for LoRA": Bad("spec.freeze", {}, ("`freeze` is only for `method: Freeze`",)),

@@ -73,6 +73,10 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
                 "timescale": None,
                 "numDecaySteps": None,
             },
+            "overlong": "Truncate",
+            "trainOnPrompt": False,
+            "maskHistory": False,
+            "groupByLength": False,
         },
         "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None", "config": None},
         "checkpoint": {"dir": str(folder / "checkpoints"), "everySteps": 2, "keep": 2, "onTermination": True},
@@ -94,8 +98,11 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
     return spec
 
 
-def dataset(path: Path, form: str = "Auto") -> dict[str, Any]:
-    return {"uri": f"file://{path}", "source": {"kind": "Path", "path": str(path)}, "format": form, "maxSamples": None}
+def dataset(path: Path, form: str = "Auto", **more: Any) -> dict[str, Any]:
+    """A data set of a launch file."""
+    source = {"kind": "Path", "path": str(path)}
+    absent = dict.fromkeys(("maxSamples", "split", "columns", "tags", "weight"))
+    return {"uri": f"file://{path}", "source": source, "format": form, **absent, **more}
 
 
 def next_attempt(spec: dict[str, Any], **changes: Any) -> dict[str, Any]:

@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 
 from finetune_api.launch import LaunchDataset, PathSource
-from finetune_api.spec import DatasetFormat
+from finetune_api.spec import ColumnsSpec, DatasetFormat, Overlong, TagsSpec
 from finetune_trainer.data.batches import IGNORE, Rows
 from finetune_trainer.data.formats import detect, to_sample
+from finetune_trainer.data.layout import layout_of
 from finetune_trainer.data.order import RowOrder, hash64, permutation
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.records import Record, read_records
@@ -29,15 +30,30 @@ def tokenizer() -> Any:
 
 
 def build(
-    path: Path, tokenizer: Any, form: str = "Auto", max_length: int = 64, max_samples: int | None = None
+    path: Path,
+    tokenizer: Any,
+    form: str = "Auto",
+    max_length: int = 64,
+    max_samples: int | None = None,
+    *,
+    split: str | None = None,
+    columns: ColumnsSpec | None = None,
+    tags: TagsSpec | None = None,
+    overlong: Overlong = Overlong.TRUNCATE,
+    **options: bool,
 ) -> TokenStore:
     dataset = LaunchDataset(
         uri=f"pvc://data/{path.name}",
         source=PathSource(path=str(path)),
         format=DatasetFormat(form),
         max_samples=max_samples,
+        split=split,
+        columns=columns,
+        tags=tags,
+        weight=None,
     )
-    return build_store([(dataset, path)], Encoder(tokenizer, "hf://team/tiny"), max_length, lambda: None)
+    encoder = Encoder(tokenizer, "hf://team/tiny", **options)
+    return build_store([(dataset, path)], encoder, max_length, lambda: None, overlong=overlong)
 
 
 def targets(store: TokenStore, sample: int, tokenizer: Any) -> str:
@@ -55,7 +71,7 @@ BROKEN: dict[str, tuple[str, str, str, list[str]]] = {
     "jsonl-called-json": ("a.json", f"{LINE}\n{LINE}\n", "Auto", ["a.json:2:", ".jsonl"]),
     "object-not-list": ("a.json", LINE, "Auto", ["a.json", "must be a list", "an object"]),
     "broken-parquet": ("a.parquet", "no parquet", "Auto", ["a.parquet", "Parquet"]),
-    "other-suffix": ("a.csv", "a,b", "Auto", ["a.csv", "`.parquet`"]),
+    "other-suffix": ("a.txt", "a,b", "Auto", ["a.txt", "`.parquet`"]),
     "empty-file": ("a.jsonl", "\n\n", "Auto", ["a.jsonl", "no record"]),
     "unknown-keys": ("a.jsonl", '{"prompt": "a"}', "Auto", ["a.jsonl:1:", "`prompt`", "`messages`", "`instruction`"]),
     "missing-key": ("a.jsonl", f'{LINE}\n{{"text": "a"}}', "Messages", ["a.jsonl:2:", "`messages` is missing"]),
@@ -185,8 +201,8 @@ def test_template_that_refuses_names_the_record(tmp_path: Path) -> None:
 
 
 def test_detect_prefers_conversations() -> None:
-    assert detect(Record({"messages": [], "text": ""}, "x")) is DatasetFormat.MESSAGES
-    assert to_sample(Record({"text": "a"}, "x"), DatasetFormat.TEXT).text == "a"
+    assert detect(Record({"messages": [], "text": ""}, "x")).form is DatasetFormat.MESSAGES
+    assert to_sample(Record({"text": "a"}, "x"), layout_of(DatasetFormat.TEXT)).text == "a"
 
 
 def test_padding_and_end_of_text_share_an_id_without_harm(tmp_path: Path, tokenizer: Any) -> None:

@@ -96,7 +96,7 @@ def test_a_job_from_the_hub_pins_the_commit(hub: Hub, server: jobs.ForkServer, a
     spec["training"]["maxSteps"] = 2
     spec["model"].update(uri="hf://team/tiny", source=source())
     data = source("team/chats", "dataset", path="train.jsonl")
-    spec["train"] = [{"uri": "hf://datasets/team/chats/train.jsonl", "source": data, "format": "Auto", "maxSamples": 8}]
+    spec["train"][0] |= {"uri": "hf://datasets/team/chats/train.jsonl", "source": data, "maxSamples": 8}
     pod = jobs.Pod(tmp_path, spec, server)
     report = pod.done()
     assert report["modelRevision"] == COMMIT

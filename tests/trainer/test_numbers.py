@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune_api.launch import LaunchDataset, PathSource
-from finetune_api.spec import DatasetFormat
+from finetune_api.launch import LaunchDataset
 from finetune_trainer.data.batches import IGNORE, Rows
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore, build_store
@@ -23,7 +22,7 @@ CPU = torch.device("cpu")
 
 
 def store_of(file: Path) -> TokenStore:
-    dataset = LaunchDataset(uri="x", source=PathSource(path=str(file)), format=DatasetFormat.AUTO, max_samples=None)
+    dataset = LaunchDataset.model_validate(jobs.dataset(file))
     return build_store([(dataset, file)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
 
 

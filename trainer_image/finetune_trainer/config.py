@@ -61,6 +61,7 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
     if reason := check(combination(spec)):
         raise ConfigError(reason)
+    _check_data(spec)
 
 
 def combination(spec: LaunchSpec) -> Combination:
@@ -77,6 +78,21 @@ def combination(spec: LaunchSpec) -> Combination:
     )
 
 
+def _check_data(spec: LaunchSpec) -> None:
+    training = spec.training
+    if training.train_on_prompt and training.mask_history:
+        raise ConfigError("training.maskHistory: not together with trainOnPrompt, which learns every turn")
+    if training.group_by_length and training.packing:
+        raise ConfigError("training.groupByLength: only for packing: false; packed rows are of one length anyway")
+    weighted = [dataset.weight is not None for dataset in spec.train]
+    if any(weighted) and not all(weighted):
+        raise ConfigError("datasets.train.weight: set it on every data set in `train`, or on none")
+    if any(dataset.weight is not None for dataset in spec.evaluation):
+        raise ConfigError("datasets.evaluation.weight: only for data sets in `train`; remove it")
+    if any(d.tags and d.format not in ("ShareGPT", "Messages") for d in [*spec.train, *spec.evaluation]):
+        raise ConfigError("datasets.tags: needs format ShareGPT or Messages")
+
+
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:
     """What must be the same for a checkpoint to be this run's: one entry for each field, so that a difference has a name.
 
@@ -91,6 +107,7 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         "model.uri": spec.model.uri,
         "model.revision": model_revision,
         "datasets.train": train_digest,
+        "datasets.train.weight": [d.weight for d in spec.train] if spec.train[0].weight is not None else None,
         "method": str(spec.method),
         **{f"adapter.{k}": v for k, v in (spec.adapter.to_wire() if spec.adapter else {}).items()},
         **{f"freeze.{k}": v for k, v in (spec.freeze.to_wire() if spec.freeze else {}).items()},

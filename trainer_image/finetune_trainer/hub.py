@@ -17,7 +17,7 @@ from finetune_trainer.errors import ConfigError, HubUnavailableError
 log = logging.getLogger("finetune_trainer")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 """What training needs of a model's repository: not its .bin, .gguf, .onnx twins."""
-DATA_FILES = ["*.jsonl", "*.json", "*.parquet"]
+DATA_FILES = ["*.jsonl", "*.json", "*.csv", "*.parquet", "*.arrow"]
 
 
 def resolve_revision(source: PathSource | HubSource, uri: str, field: str) -> str | None:
@@ -57,7 +57,7 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     assert commit is not None
     name = f"{source.repo_type}s--{source.repo_id.replace('/', '--')}"
     marker = cache_dir / "complete" / f"{name}--{commit}--{source.path.strip('/').replace('/', '--')}"
-    with _locked(cache_dir / "locks" / f"{name}.lock"):
+    with locked(cache_dir / "locks" / f"{name}.lock"):
         if not marker.is_file():
             log.info("downloading %s at %s", uri, commit[:12])
             folder = _download(source, commit, cache_dir, uri, field)
@@ -108,7 +108,7 @@ def _token(source: HubSource) -> str | bool:
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """One process of all pods at a time; the kernel releases the lock of one that dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w") as file:

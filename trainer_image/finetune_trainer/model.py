@@ -13,6 +13,7 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Precision
 from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze
+from finetune_trainer.data.chat_templates import set_chat_template
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.quantization import device_map, quantization_config
 
@@ -65,7 +66,7 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
     """The model's tokenizer, with the job's chat template if it has one.
 
     Raises:
-        ConfigError: transformers cannot read it.
+        ConfigError: transformers cannot read it, or it does not fit the job's template.
     """
     from transformers import AutoTokenizer
 
@@ -74,7 +75,7 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the tokenizer cannot be read: {error}") from error
     if spec.model.chat_template is not None:
-        tokenizer.chat_template = spec.model.chat_template
+        set_chat_template(tokenizer, spec.model.chat_template)
     return tokenizer
 
 

@@ -53,7 +53,7 @@ def run(spec: LaunchSpec, scratch: Path, status: StateWriter, stop_requested: Ca
     training.run()
 
     status.beat(Activity.EXPORTING)
-    setup.export(spec, training, data.tokenizer, sources, started)
+    setup.export(spec, training, data, sources, started)
     status.beat(Activity.DONE)
     world.leave_together()
 

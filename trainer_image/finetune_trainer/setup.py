@@ -15,10 +15,12 @@ from finetune_api.launch import LaunchDataset, LaunchSpec
 from finetune_trainer import model as models
 from finetune_trainer.claims import AttemptClaim, claim_output
 from finetune_trainer.config import fingerprint
+from finetune_trainer.data.arrange import make_order, make_rows
 from finetune_trainer.data.batches import Rows
+from finetune_trainer.data.cache import cached_store
 from finetune_trainer.data.order import RowOrder
-from finetune_trainer.data.packing import pack_rows, single_rows
-from finetune_trainer.data.store import TokenStore, build_store
+from finetune_trainer.data.report import log_reports, padding_share
+from finetune_trainer.data.store import TokenStore, read_meta
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError
@@ -46,6 +48,9 @@ class Data:
     train: Rows
     train_digest: str
     evaluation: Rows | None
+    order: RowOrder
+    report: dict[str, Any]
+    """For `train` and `evaluation` what became of each data set's records, and `padding_share`."""
 
 
 def claim(spec: LaunchSpec, world: World) -> AttemptClaim | None:
@@ -89,27 +94,44 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
 
 
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
-    """Tokenises on the first rank of each node; the others map its arrays."""
+    """Tokenises on the first rank of each node, or finds it done in the cache; all ranks map the same arrays."""
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
     tokenizer = models.load_tokenizer(sources.model, spec)
-    parts = {"train": sources.train, "evaluation": sources.evaluation}
+    parts = {name: data for name, data in (("train", sources.train), ("evaluation", sources.evaluation)) if data}
+    where = scratch / "data"
     if world.is_first_of_node:
-        encoder = Encoder(tokenizer, spec.model.uri)
+        where.mkdir(parents=True, exist_ok=True)
+        encoder = Encoder(
+            tokenizer, spec.model.uri, train_on_prompt=training.train_on_prompt, mask_history=training.mask_history
+        )
         for name, datasets in parts.items():
-            if datasets:
-                build_store(datasets, encoder, training.max_length, beat).save(scratch / "data" / name)
+            folder = cached_store(
+                Path(spec.cache_dir), where / name, datasets, encoder, training.max_length, training.overlong, beat
+            )
+            (where / f"{name}.path").write_text(str(folder), encoding="utf-8")
     world.wait_for_node("tokenised", world.is_first_of_node)
     rows: dict[str, Rows] = {}
-    for name, datasets in parts.items():
-        if datasets:
-            store = TokenStore.load(scratch / "data" / name)
-            packing = training.packing
-            samples = pack_rows(store.lengths, training.max_length) if packing else single_rows(len(store))
-            rows[name] = Rows(store, samples, packed=packing)
-            log.info("%s: %d samples in %d rows, %d tokens", name, len(store), len(samples), len(store.ids))
-    return Data(tokenizer, rows["train"], rows["train"].store.digest(), rows.get("evaluation"))
+    metas: dict[str, dict[str, Any]] = {}
+    for name in parts:
+        folder = Path((where / f"{name}.path").read_text(encoding="utf-8"))
+        store, metas[name] = TokenStore.load(folder), read_meta(folder)
+        rows[name] = Rows(store, make_rows(spec, name, store, metas[name]["reports"]), packed=training.packing)
+    order = make_order(spec, rows["train"], metas["train"]["reports"])
+    padding = padding_share(rows["train"].row_lengths, order, training.micro_batch_size)
+    report = {name: meta["reports"] for name, meta in metas.items()} | {"padding_share": round(padding, 6)}
+    for name in parts:
+        log_reports(name, metas[name]["reports"])
+        log.info(
+            "%s: %d samples in %d rows, %d tokens",
+            name,
+            len(rows[name].store),
+            len(rows[name]),
+            len(rows[name].store.ids),
+        )
+    log.info("train: %.1f %% of the tokens that are computed are padding", 100 * padding)
+    return Data(tokenizer, rows["train"], metas["train"]["digest"], rows.get("evaluation"), order, report)
 
 
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
@@ -146,10 +168,10 @@ def prepare_training(
     from finetune_trainer.journal import Journal
     from finetune_trainer.loop import Training
 
-    training, root = spec.training, Path(spec.checkpoint.dir)
+    root = Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
     checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run)
-    order = RowOrder(len(data.train), training.seed, training.global_batch_size, training.epochs, training.max_steps)
+    order = data.order
     resumed = checkpoints.restore(engine)
     progress = resumed or Progress()
     facts = asdict(progress)
@@ -177,7 +199,7 @@ def prepare_training(
     )
 
 
-def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, started: float) -> None:
+def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, started: float) -> None:
     """Writes the output folder on rank 0; every rank helps to gather the weights."""
     from finetune_trainer.export import gather_weights, write_output
 
@@ -195,8 +217,9 @@ def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, st
         "attempt": spec.attempt,
         "seconds": round(time.perf_counter() - started, 1),
         "versions": versions(),
+        "data": data.report,
     }
     try:
-        write_output(training.engine, tokenizer, weights, spec, result)
+        write_output(training.engine, data.tokenizer, weights, spec, result)
     except OSError as error:
         raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error

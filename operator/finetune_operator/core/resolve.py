@@ -170,6 +170,10 @@ def _dataset(dataset: DatasetSpec, mounts: Mounts) -> LaunchDataset:
         source=_source(dataset.uri, dataset.revision, dataset.credentials_ref, mounts),
         format=dataset.format,
         max_samples=dataset.max_samples,
+        split=dataset.split,
+        columns=dataset.columns,
+        tags=dataset.tags,
+        weight=float(dataset.weight) if dataset.weight is not None else None,
     )
 
 
@@ -238,4 +242,8 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         adam_epsilon=float(training.adam_epsilon),
         warmup_steps=training.warmup_steps,
         scheduler_parameters=_scheduler_parameters(training),
+        overlong=training.overlong,
+        train_on_prompt=training.train_on_prompt,
+        mask_history=training.mask_history,
+        group_by_length=training.group_by_length,
     )

@@ -26,8 +26,15 @@ LARGE: dict[str, Any] = {
     },
     "datasets": {
         "train": [
-            {"uri": "hf://datasets/org/set/train.parquet", "format": "ShareGPT", "credentialsRef": {"name": "hub"}},
-            {"uri": "pvc://raw/more", "maxSamples": 100},
+            {
+                "uri": "hf://datasets/org/set/train.parquet",
+                "format": "ShareGPT",
+                "credentialsRef": {"name": "hub"},
+                "columns": {"messages": "chat"},
+                "tags": {"roleTag": "who"},
+                "weight": "0.7",
+            },
+            {"uri": "pvc://raw/more", "maxSamples": 100, "split": "train", "weight": "3e-1"},
         ],
         "evaluation": [{"uri": "file:///data/eval.jsonl"}],
     },

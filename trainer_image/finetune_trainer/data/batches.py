@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from finetune_trainer.data.packing import SampleRows
 from finetune_trainer.data.store import Ints, TokenStore
 
 IGNORE = -100
@@ -37,7 +38,7 @@ class Rows:
     """The rows of one data set."""
 
     store: TokenStore
-    samples: list[Ints]
+    samples: SampleRows
     """Sample indices of each row."""
     packed: bool
 
@@ -51,14 +52,12 @@ class Rows:
     @cached_property
     def row_targets(self) -> Ints:
         """Target tokens of each row."""
-        counts = self.store.target_counts
-        return np.array([counts[samples].sum() for samples in self.samples], dtype=np.int64)
+        return self.samples.sums(self.store.target_counts)
 
     @cached_property
     def row_lengths(self) -> Ints:
         """Tokens of each row."""
-        lengths = self.store.lengths
-        return np.array([lengths[samples].sum() for samples in self.samples], dtype=np.int64)
+        return self.samples.sums(self.store.lengths)
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
         """Collates rows, padded to the longest; an empty row is one padding token.
@@ -67,8 +66,8 @@ class Rows:
             rows: row numbers; None for an empty row.
         """
         samples = [() if row is None else self.samples[row] for row in rows]
-        lengths = self.store.lengths
-        width = max(1, max(int(sum(lengths[s] for s in row)) for row in samples))
+        offsets = self.store.offsets
+        width = max(1, max(sum(int(offsets[s + 1] - offsets[s]) for s in row) for row in samples))
         ids = np.zeros((len(rows), width), dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         positions = np.zeros((len(rows), width), dtype=np.int64)
@@ -76,7 +75,8 @@ class Rows:
         for line, row in enumerate(samples):
             at = 0
             for sample in row:
-                start, length = int(self.store.offsets[sample]), int(lengths[sample])
+                start = int(offsets[sample])
+                length = int(offsets[sample + 1]) - start
                 tokens = self.store.ids[start : start + length]
                 ids[line, at : at + length] = tokens
                 targets = self.store.targets[start + 1 : start + length]

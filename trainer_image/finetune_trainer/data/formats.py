@@ -1,118 +1,141 @@
-"""Turns a record of any format into a conversation or a text. Owns the formats' keys and roles."""
+"""Turns a record of any format into a conversation or a text. Owns what a record must look like; names are `layout`'s."""
 
+import json
 from typing import Any, NamedTuple
 
-from finetune_api.spec import DatasetFormat
+from finetune_api.spec import ColumnsSpec, DatasetFormat
+from finetune_trainer.data import layout as layouts
+from finetune_trainer.data.layout import FUNCTION_CALL, Layout, layout_of
 from finetune_trainer.data.records import Record
+from finetune_trainer.data.tools import read_calls, read_tools
 from finetune_trainer.errors import DataError
 
-KEYS: dict[DatasetFormat, tuple[str, ...]] = {
-    DatasetFormat.MESSAGES: ("messages",),
-    DatasetFormat.SHARE_GPT: ("conversations",),
-    DatasetFormat.ALPACA: ("instruction", "output"),
-    DatasetFormat.TEXT: ("text",),
-}
-"""What a record must have; Auto takes the first format whose keys are all there."""
-SHARE_GPT_ROLES = {
-    "human": "user",
-    "user": "user",
-    "gpt": "assistant",
-    "assistant": "assistant",
-    "system": "system",
-}
-ROLES = ("system", "user", "assistant")
+_PASSED_ON = ("name", "tool_call_id")
+"""Of a tool's turn in Messages: some templates show them."""
 
 
 class Message(NamedTuple):
     role: str
     content: str
+    tool_calls: list[dict[str, Any]] | None = None
+    more: dict[str, str] | None = None
+    """Other keys of the turn that templates know."""
+
+    def as_turn(self) -> dict[str, Any]:
+        """What a chat template gets."""
+        turn: dict[str, Any] = {"role": self.role, "content": self.content, **(self.more or {})}
+        return {**turn, "tool_calls": self.tool_calls} if self.tool_calls else turn
 
 
 class Sample(NamedTuple):
-    """Exactly one of the two is set."""
+    """Exactly one of `messages` and `text` is set."""
 
     messages: list[Message] | None
     text: str | None
     place: str
+    tools: list[dict[str, Any]] | None = None
 
 
-def detect(record: Record) -> DatasetFormat:
+def detect(record: Record, columns: ColumnsSpec | None = None) -> Layout:
     """The format of a data set, by the keys of its first record.
 
     Raises:
         DataError: no format has these keys.
     """
-    for name, keys in KEYS.items():
-        if all(key in record.value for key in keys):
-            return name
-    wanted = ", ".join(f"{name} ({' and '.join(f'`{k}`' for k in keys)})" for name, keys in KEYS.items())
+    layout = layouts.detect(record.value, columns)
+    if layout is not None:
+        return layout
+    wanted = ", ".join(
+        f"{form} ({' and '.join(f'`{k}`' for k in layout_of(form).required)})" for form in layouts.COLUMNS
+    )
     have = ", ".join(f"`{k}`" for k in sorted(record.value)) or "none"
-    raise DataError(f"{record.place}: no known format has these keys: {have}; allowed are {wanted}")
+    raise DataError(
+        f"{record.place}: no known format has these keys: {have}; allowed are {wanted}, or other names through "
+        "`datasets.columns`"
+    )
 
 
-def to_sample(record: Record, form: DatasetFormat) -> Sample:
+def to_sample(record: Record, layout: Layout) -> Sample:
     """Reads one record.
 
     Raises:
         DataError: a key is missing, a value is not text, a role is unknown, or the conversation is empty.
     """
-    for key in KEYS[form]:
+    for key in layout.required:
         if key not in record.value:
-            raise DataError(f"{record.place}: the key `{key}` is missing; {form} needs {_quoted(KEYS[form])}")
-    if form is DatasetFormat.TEXT:
-        return Sample(None, _text(record, "text", record.value["text"]), record.place)
-    messages = _CONVERSATIONS[form](record)
+            raise DataError(
+                f"{record.place}: the key `{key}` is missing; {layout.form} needs {_quoted(layout.required)}"
+            )
+    if layout.form is DatasetFormat.TEXT:
+        key = layout.columns["text"]
+        return Sample(None, _text(record, key, record.value[key]), record.place)
+    messages = _alpaca(record, layout) if layout.form is DatasetFormat.ALPACA else _turns(record, layout)
     if not messages:
         raise DataError(f"{record.place}: the conversation is empty")
-    return Sample(messages, None, record.place)
+    key = layout.columns["tools"]
+    return Sample(messages, None, record.place, read_tools(record.value.get(key), record.place, key))
 
 
-def _alpaca(record: Record) -> list[Message]:
-    value = record.value
-    question = _text(record, "instruction", value["instruction"])
-    extra = _text(record, "input", value.get("input") or "")
-    messages = _system(record)
-    for number, pair in enumerate(value.get("history") or []):
+def _alpaca(record: Record, layout: Layout) -> list[Message]:
+    value, names = record.value, layout.columns
+    question = _text(record, names["prompt"], value[names["prompt"]])
+    extra = _text(record, names["query"], value.get(names["query"]) or "")
+    messages = _system(record, layout)
+    key = names["history"]
+    for number, pair in enumerate(_list(record, key) if value.get(key) else []):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"{record.place}: `history[{number}]` must be a pair [instruction, output]")
-        messages.append(Message("user", _text(record, f"history[{number}][0]", pair[0])))
-        messages.append(Message("assistant", _text(record, f"history[{number}][1]", pair[1])))
+            raise DataError(f"{record.place}: `{key}[{number}]` must be a pair [instruction, output]")
+        messages.append(Message("user", _text(record, f"{key}[{number}][0]", pair[0])))
+        messages.append(Message("assistant", _text(record, f"{key}[{number}][1]", pair[1])))
     messages.append(Message("user", f"{question}\n\n{extra}" if extra else question))
-    messages.append(Message("assistant", _text(record, "output", value["output"])))
+    messages.append(Message("assistant", _text(record, names["response"], value[names["response"]])))
     return messages
 
 
-def _share_gpt(record: Record) -> list[Message]:
-    messages = _system(record)
-    for number, turn in enumerate(_list(record, "conversations")):
-        at = f"conversations[{number}]"
-        role = SHARE_GPT_ROLES.get(_field(record, at, turn, "from"))
-        if role is None:
-            raise DataError(
-                f"{record.place}: `{at}.from` must be one of {_quoted(SHARE_GPT_ROLES)}, got `{turn['from']}`"
-            )
-        messages.append(Message(role, _field(record, at, turn, "value")))
-    return messages if any(m.role != "system" for m in messages) else []
-
-
-def _messages(record: Record) -> list[Message]:
-    messages = []
-    for number, turn in enumerate(_list(record, "messages")):
-        at = f"messages[{number}]"
-        role = _field(record, at, turn, "role")
-        if role not in ROLES:
-            raise DataError(f"{record.place}: `{at}.role` must be one of {_quoted(ROLES)}, got `{role}`")
-        messages.append(Message(role, _field(record, at, turn, "content")))
+def _turns(record: Record, layout: Layout) -> list[Message]:
+    """ShareGPT and Messages; an error names the key as this data set has it."""
+    key = layout.columns["messages"]
+    messages = _system(record, layout)
+    for number, turn in enumerate(_list(record, key)):
+        messages.append(_turn(record, layout, f"{key}[{number}]", turn))
+    if layout.form is DatasetFormat.SHARE_GPT and all(message.role == "system" for message in messages):
+        return []
     return messages
 
 
-def _system(record: Record) -> list[Message]:
-    text = record.value.get("system")
-    return [Message("system", _text(record, "system", text))] if text else []
+def _turn(record: Record, layout: Layout, at: str, turn: Any) -> Message:
+    name = _field(record, at, turn, layout.role_key)
+    role = layout.roles.get(name)
+    if role is None:
+        raise DataError(
+            f"{record.place}: `{at}.{layout.role_key}` must be one of {_quoted(layout.roles)}, got `{name}`"
+        )
+    content_at = f"{at}.{layout.content_key}"
+    if role == FUNCTION_CALL:
+        text = _field(record, at, turn, layout.content_key)
+        return Message("assistant", "", read_calls(text, record.place, content_at))
+    calls = turn.get("tool_calls") if layout.form is DatasetFormat.MESSAGES else None
+    if calls and role == "assistant":
+        text = turn.get(layout.content_key) or ""  # may be null or absent beside calls
+        return Message(role, _text(record, content_at, text), read_calls(calls, record.place, f"{at}.tool_calls"))
+    content = _field(record, at, turn, layout.content_key)
+    more = {k: turn[k] for k in _PASSED_ON if isinstance(turn.get(k), str)} if role == "tool" else None
+    return Message(role, content, more=more)
+
+
+def _system(record: Record, layout: Layout) -> list[Message]:
+    key = layout.columns.get("system", "")
+    text = record.value.get(key)
+    return [Message("system", _text(record, key, text))] if text else []
 
 
 def _list(record: Record, key: str) -> list[Any]:
     value = record.value[key]
+    if isinstance(value, str) and value.lstrip().startswith("["):  # CSV has no lists, and Parquet is often written so
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise DataError(f"{record.place}: `{key}` must be a list of turns or its JSON text: {error}") from error
     if not isinstance(value, list):
         raise DataError(f"{record.place}: `{key}` must be a list of turns")
     return value
@@ -132,10 +155,3 @@ def _text(record: Record, at: str, value: Any) -> str:
 
 def _quoted(names: Any) -> str:
     return ", ".join(f"`{name}`" for name in names)
-
-
-_CONVERSATIONS = {
-    DatasetFormat.ALPACA: _alpaca,
-    DatasetFormat.SHARE_GPT: _share_gpt,
-    DatasetFormat.MESSAGES: _messages,
-}

@@ -1,4 +1,4 @@
-"""Reads records from .jsonl, .json and .parquet files. Owns their places: every record knows its file and line.
+"""Reads records from the files of a data set. Owns their places: every record knows its file and line or row.
 
 Plain JSON and pyarrow, not the datasets library: its readers tell neither the line of broken JSON nor of a wrong record,
 and importing it takes seconds.
@@ -6,14 +6,13 @@ and importing it takes seconds.
 
 import errno
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune_trainer.data.sources import data_files
+from finetune_trainer.data.tables import Row, arrow_rows, csv_rows, parquet_rows
 from finetune_trainer.errors import DataError
-
-SUFFIXES = (".jsonl", ".json", ".parquet")
-ALLOWED = "a `.jsonl`, `.json` or `.parquet` file, or a folder of them"
 
 
 class Record(NamedTuple):
@@ -22,32 +21,25 @@ class Record(NamedTuple):
     """`file:line`, `file: record N` or `file: row N`, counted from 1."""
 
 
-def read_records(path: Path, uri: str) -> Iterator[Record]:
-    """All records of a file, or of a folder's files in the order of their names.
+def read_records(path: Path, uri: str, split: str | None = None) -> Iterator[Record]:
+    """All records of a data set, a few at a time (but for `.json`, whose list is read whole).
+
+    Args:
+        path: file or folder, see `sources.data_files`.
+        uri: as the user wrote it, for messages.
+        split: see `sources.data_files`.
 
     Raises:
         DataError: nothing is there, or something that is not a record.
+        ConfigError: `split` does not fit what is there.
     """
-    for file in _files(path, uri):
+    for file in data_files(path, uri, split):
         try:
             yield from _READERS[file.suffix](file)
         except OSError as error:
             if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
                 raise  # the volume's fault, not the data's
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
-
-
-def _files(path: Path, uri: str) -> list[Path]:
-    if path.is_file():
-        if path.suffix not in SUFFIXES:
-            raise DataError(f"{path} ({uri}): must be {ALLOWED}")
-        return [path]
-    if not path.is_dir():
-        raise DataError(f"{path} ({uri}): no such file or folder; give {ALLOWED}")
-    files = sorted(f for f in path.rglob("*") if f.suffix in SUFFIXES and f.is_file())
-    if not files:
-        raise DataError(f"{path} ({uri}): the folder has no `.jsonl`, `.json` or `.parquet` file")
-    return files
 
 
 def _jsonl(file: Path) -> Iterator[Record]:
@@ -86,22 +78,12 @@ def _json(file: Path) -> Iterator[Record]:
         yield Record(_checked(value, place), place)
 
 
-def _parquet(file: Path) -> Iterator[Record]:
-    import pyarrow as pa  # type: ignore[import-untyped]
-    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+def _table(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Record]]:
+    def read(file: Path) -> Iterator[Record]:
+        for number, value in rows(file):
+            yield Record(value, f"{file}: row {number}")
 
-    try:
-        table = pq.ParquetFile(file)
-    except pa.ArrowException as error:
-        raise DataError(f"{file}: broken Parquet: {error}") from error
-    number = 0
-    try:
-        for batch in table.iter_batches():
-            for value in batch.to_pylist():
-                number += 1
-                yield Record(value, f"{file}: row {number}")
-    except pa.ArrowException as error:
-        raise DataError(f"{file}: broken Parquet after row {number}: {error}") from error
+    return read
 
 
 def _checked(value: Any, place: str) -> dict[str, Any]:
@@ -115,4 +97,10 @@ def _kind(value: Any) -> str:
     return names.get(type(value), "a number")
 
 
-_READERS = {".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}
+_READERS: dict[str, Callable[[Path], Iterator[Record]]] = {
+    ".jsonl": _jsonl,
+    ".json": _json,
+    ".csv": _table(csv_rows),
+    ".parquet": _table(parquet_rows),
+    ".arrow": _table(arrow_rows),
+}

@@ -1,0 +1,235 @@
+"""Files and formats: the same conversation in every container, and what each format's names and tools become."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune_api.spec import ColumnsSpec, DatasetFormat, TagsSpec
+from finetune_trainer.data.formats import Sample, detect, to_sample
+from finetune_trainer.data.layout import layout_of
+from finetune_trainer.data.records import Record, read_records
+from finetune_trainer.errors import ConfigError, DataError, TrainerError
+from tests.trainer import tiny
+
+ROWS = [{"instruction": f"say {n}", "input": "", "output": 'the, "cat"\nsleeps' if n else "a"} for n in range(2500)]
+
+
+def write(folder: Path, kind: str) -> Path:
+    """ROWS as one data set."""
+    import pyarrow as pa  # type: ignore[import-untyped]
+    import pyarrow.parquet as pq  # type: ignore[import-untyped]
+
+    table = pa.Table.from_pylist(ROWS)
+    if kind == "csv":
+        import csv
+
+        with (folder / "a.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, ["instruction", "input", "output"])
+            writer.writeheader()
+            writer.writerows(ROWS)
+        return folder / "a.csv"
+    if kind == "parquet":
+        pq.write_table(table, folder / "a.parquet")
+        return folder / "a.parquet"
+    if kind in ("file", "stream"):
+        make = pa.ipc.new_file if kind == "file" else pa.ipc.new_stream
+        with make(folder / "a.arrow", table.schema) as sink:
+            sink.write_table(table, max_chunksize=1800)
+        return folder / "a.arrow"
+    saved = folder / "saved"
+    _save(saved / "train", table)
+    (saved / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    return saved / "train" if kind == "saved" else saved
+
+
+def _save(folder: Path, table: Any) -> None:
+    """What `datasets.Dataset.save_to_disk` writes (datasets 5.2), with the shards named against their order."""
+    import pyarrow as pa
+
+    folder.mkdir(parents=True)
+    for name, part in (("b.arrow", table.slice(0, 1000)), ("a.arrow", table.slice(1000))):
+        with pa.ipc.new_stream(folder / name, part.schema) as sink:
+            sink.write_table(part)
+    state = {"_data_files": [{"filename": "b.arrow"}, {"filename": "a.arrow"}], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text("{}")
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet", "file", "stream", "saved", "dict"])
+def test_every_container_gives_the_same_records_with_their_places(tmp_path: Path, kind: str) -> None:
+    records = list(read_records(write(tmp_path, kind), "x", "train" if kind == "dict" else None))
+    assert [record.value for record in records] == ROWS
+    place = {"saved": "a.arrow: row 1500", "dict": "a.arrow: row 1500"}.get(kind, "row 2500")
+    assert records[-1].place.endswith(place)
+
+
+def test_a_split_of_a_folder_goes_by_names(tmp_path: Path) -> None:
+    for name in ("data/train-00000-of-00002", "data/train-00001-of-00002", "data/test-00000", "trained", "test/a"):
+        tiny.write_jsonl(tmp_path / f"{name}.jsonl", [{"text": name}])
+    (tmp_path / "dataset_infos.json").write_text("{}")
+    texts = {split: [r.value["text"] for r in read_records(tmp_path, "x", split)] for split in ("train", "test")}
+    assert texts["train"] == ["data/train-00000-of-00002", "data/train-00001-of-00002"]
+    assert texts["test"] == ["data/test-00000", "test/a"]
+    assert len(list(read_records(tmp_path, "x"))) == 5
+
+
+def _break(folder: Path, kind: str) -> tuple[Path, str | None]:
+    if kind == "two-splits":
+        return write(folder, "dict"), None
+    if kind == "no-such-split":
+        return write(folder, "dict"), "validation"
+    if kind == "missing-shard":
+        (write(folder, "saved") / "a.arrow").unlink()
+        return folder / "saved" / "train", None
+    if kind == "split-of-a-file":
+        return tiny.write_jsonl(folder / "a.jsonl", [{}]), "train"
+    if kind == "no-file-of-split":
+        tiny.write_jsonl(folder / "d" / "a.jsonl", [{}])
+        return folder / "d", "train"
+    texts = {
+        "short-row": b"a,b\n1,2\n3\n",
+        "open-quote": b'a,b\n1,2\n"3,4\n',
+        "twice": b"a,a\n1,2\n",
+        "latin1": b"a,b\n1,\xe9\n",
+    }
+    if kind in texts:
+        (folder / "a.csv").write_bytes(texts[kind])
+        return folder / "a.csv", None
+    whole = write(folder, kind.split("-")[1])
+    content = whole.read_bytes()
+    whole.write_bytes(content[: len(content) * 9 // 10] if kind.startswith("cut") else b"no arrow at all" * 10)
+    return whole, None
+
+
+@pytest.mark.parametrize(
+    ("kind", "says"),
+    [
+        ("two-splits", "datasets.split: x has the splits `train`, `test`"),
+        ("no-such-split", "no split `validation`; it has `train`, `test`"),
+        ("missing-shard", "missing: a.arrow"),
+        ("split-of-a-file", "datasets.split: x is one file"),
+        ("no-file-of-split", "no file of x has `train` in its name; there are `a.jsonl`"),
+        ("short-row", "a.csv: row 2 has 1 fields and the first line names 2"),
+        ("open-quote", "a.csv: row 2: broken CSV"),
+        ("twice", "names a column twice"),
+        ("latin1", "a.csv: not UTF-8"),
+        ("cut-file", "a.arrow"),
+        ("cut-stream", "a.arrow"),
+        ("other-stream", "a.arrow: broken Arrow"),
+    ],
+)
+def test_a_broken_file_is_named(tmp_path: Path, kind: str, says: str) -> None:
+    path, split = _break(tmp_path, kind)
+    with pytest.raises((DataError, ConfigError)) as caught:
+        list(read_records(path, "x", split))
+    assert says in str(caught.value)
+
+
+def sample(record: dict[str, Any], form: str = "Auto", columns: Any = None, tags: Any = None) -> Sample:
+    names = ColumnsSpec.model_validate(columns) if columns else None
+    own = TagsSpec.model_validate(tags) if tags else None
+    place = Record(record, "a.jsonl:1")
+    layout = detect(place, names) if form == "Auto" else layout_of(DatasetFormat(form), names, own)
+    return to_sample(place, layout)
+
+
+CALL = {"name": "weather", "arguments": {"city": "Rome"}}
+CALLS = [{"type": "function", "function": CALL}]
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {}}}]
+CHAT = [
+    {"role": "system", "content": "be red"},
+    {"role": "user", "content": "hi"},
+    {"role": "assistant", "content": "", "tool_calls": CALLS},
+    {"role": "tool", "content": "12"},
+    {"role": "assistant", "content": "the cat"},
+]
+SHARE = [
+    {"from": "human", "value": "hi"},
+    {"from": "function_call", "value": json.dumps(CALL)},
+    {"from": "observation", "value": "12"},
+    {"from": "gpt", "value": "the cat"},
+]
+AS_STRING = {"id": "c1", "type": "function", "function": {**CALL, "arguments": json.dumps(CALL["arguments"])}}
+TAGGED = [
+    {"who": "sys", "says": "be red"},
+    {"who": "me", "says": "hi"},
+    {"who": "call", "says": json.dumps([CALL])},
+    {"who": "result", "says": "12"},
+    {"who": "bot", "says": "the cat"},
+]
+TAGS = {
+    "roleTag": "who", "contentTag": "says", "userTag": "me", "assistantTag": "bot", "systemTag": "sys",
+    "functionTag": "call", "observationTag": "result",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "columns", "tags"),
+    [
+        ({"messages": CHAT, "tools": TOOLS}, "Auto", None, None),
+        ({"conversations": SHARE, "system": "be red", "tools": json.dumps([TOOLS[0]["function"]])}, "Auto", None, None),
+        (
+            {"chat": SHARE, "sys": "be red", "fn": TOOLS},
+            "Auto",
+            {"messages": "chat", "system": "sys", "tools": "fn"},
+            None,
+        ),
+        ({"chat": CHAT, "fn": json.dumps(TOOLS)}, "Auto", {"messages": "chat", "tools": "fn"}, None),
+        ({"messages": TAGGED, "tools": TOOLS}, "ShareGPT", {"messages": "messages"}, TAGS),
+        (
+            {"messages": json.dumps(CHAT[1:]), "system": "be red", "tools": TOOLS},
+            "Messages",
+            {"system": "system"},
+            None,
+        ),
+    ],
+    ids=["messages", "sharegpt", "sharegpt-columns", "messages-columns", "tags", "json-text-and-system-column"],
+)
+def test_tools_calls_and_names_become_one_conversation(record: Any, form: str, columns: Any, tags: Any) -> None:
+    made = sample(record, form, columns, tags)
+    assert made.messages is not None
+    assert [message.as_turn() for message in made.messages] == CHAT
+    assert made.tools == TOOLS
+
+
+def test_calls_with_text_arguments_and_null_content() -> None:
+    turns = [
+        CHAT[1],
+        {"role": "assistant", "content": None, "tool_calls": [AS_STRING]},
+        {**CHAT[3], "tool_call_id": "c1"},
+    ]
+    made = sample({"messages": turns}).messages
+    assert made is not None
+    assert made[1].tool_calls == [{**CALLS[0], "id": "c1"}]
+    assert made[2].as_turn() == {"role": "tool", "content": "12", "tool_call_id": "c1"}
+
+
+def test_alpaca_and_text_by_columns() -> None:
+    record = {"q": "hi", "more": "now", "a": "the cat", "old": '[["x", "y"]]'}
+    columns = {"prompt": "q", "query": "more", "response": "a", "history": "old"}
+    made = sample(record, columns=columns)
+    assert made.messages is not None
+    assert [m.content for m in made.messages] == ["x", "y", "hi\n\nnow", "the cat"]
+    assert sample({"body": "red"}, columns={"text": "body"}).text == "red"
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "columns", "tags", "says"),
+    [
+        ({"conversations": [{"from": "function_call", "value": "{x"}]}, "Auto", None, None, "0].value` must be JSON"),
+        ({"conversations": [{"from": "function_call", "value": "3"}]}, "Auto", None, None, "a call with `name`"),
+        ({"messages": CHAT, "tools": [{"description": "x"}]}, "Auto", None, None, "`tools[0]` must be a function with a `name`"),
+        ({"messages": CHAT, "tools": "weather"}, "Auto", None, None, "`tools` must be JSON"),
+        ({"conversations": TAGGED}, "ShareGPT", None, {**TAGS, "userTag": "you"}, "must be one of `"),
+        ({"conversations": SHARE}, "ShareGPT", None, {"userTag": "me"}, "`conversations[0].from` must be one of"),
+        ({"messages": CHAT}, "Messages", {"prompt": "q"}, None, "datasets.columns.prompt: the format Messages has no such"),
+        ({"text": "a"}, "Text", None, {"userTag": "me"}, "datasets.tags: the format Text has no turns"),
+        ({"messages": "[{"}, "Messages", None, None, "a list of turns or its JSON text"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_named(record: Any, form: str, columns: Any, tags: Any, says: str) -> None:
+    with pytest.raises(TrainerError) as caught:
+        sample(record, form, columns, tags)
+    assert says in str(caught.value)
