@@ -54,6 +54,11 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
     if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
+    if spec.output.merge_adapter and spec.method != "LoRA":
+        raise ConfigError("output.mergeAdapter: is only for method LoRA")
+    board = spec.tracking.tensor_board
+    if board is not None and Path(board.dir).is_relative_to(spec.output_dir):
+        raise ConfigError(f"tracking.tensorBoard.uri: must not be inside output.uri ({spec.output_dir})")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:

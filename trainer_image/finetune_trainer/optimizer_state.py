@@ -4,6 +4,7 @@ One concept in DeepSpeed's four shapes: no wrapper (the parameters are the maste
 Frozen weights are not part of it, and bf16 weights are rounded masters, so nothing else has to be saved.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,26 +24,30 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def capture(engine: Any) -> dict[str, torch.Tensor]:
+def _host(_name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def capture(engine: Any, host: Callable[[str, torch.Tensor], torch.Tensor] = _host) -> dict[str, torch.Tensor]:
     """Copies of the state on the host: `<partition>.master`, `.exp_avg`, `.exp_avg_sq`, `.step`.
 
     Before the first step there are no moments.
+
+    Args:
+        engine: the DeepSpeed engine.
+        host: makes the copy of one tensor; the name is its key in the result.
     """
     state = base_optimizer(engine).state
     tensors = {}
     for index, master in enumerate(masters(engine)):
-        tensors[f"{index}.master"] = _host(master)
+        tensors[f"{index}.master"] = host(f"{index}.master", master)
         moments = state.get(master, {})
         for name in MOMENTS:
             if name in moments:
-                tensors[f"{index}.{name}"] = _host(moments[name])
+                tensors[f"{index}.{name}"] = host(f"{index}.{name}", moments[name])
         if "step" in moments:
             tensors[f"{index}.step"] = torch.tensor([float(moments["step"])], dtype=torch.float64)
     return tensors
-
-
-def _host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 @torch.no_grad()

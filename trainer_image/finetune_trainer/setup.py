@@ -146,7 +146,7 @@ def prepare_training(
 
     training, root = spec.training, Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
-    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run)
+    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run, spec.attempt)
     order = RowOrder(len(data.train), training.seed, training.global_batch_size, training.epochs, training.max_steps)
     resumed = checkpoints.restore(engine)
     progress = resumed or Progress()
