@@ -117,10 +117,13 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     from finetune_trainer import engine as ds
     from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
+    from finetune_trainer.shards import check_mergeable
 
     tame_deepspeed()
     config = ds.deepspeed_config(spec)
     model = models.load_model(sources.model, spec, config)
+    if spec.output.merge_adapter:
+        check_mergeable(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")
     warn_of_slow_precision(world.device, spec.training.precision)
@@ -177,14 +180,11 @@ def prepare_training(
 
 def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, started: float) -> None:
     """Writes the output folder on rank 0; every rank helps to gather the weights."""
-    from finetune_trainer.export import gather_weights, write_output
+    from finetune_trainer.export import write_output
 
     world: World = training.world
     own_claim: AttemptClaim | None = training.checkpoints.claim
     world.together(lambda: own_claim.check() if own_claim else None)
-    weights = gather_weights(training.engine, spec, first=world.is_first)
-    if not world.is_first:
-        return
     progress: Progress = training.progress
     result = {
         **asdict(progress),
@@ -195,6 +195,6 @@ def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, st
         "versions": versions(),
     }
     try:
-        write_output(training.engine, tokenizer, weights, spec, result)
+        write_output(training.engine, tokenizer, spec, result, first=world.is_first)
     except OSError as error:
         raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error

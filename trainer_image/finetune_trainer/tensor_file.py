@@ -47,8 +47,12 @@ class Kind:
         return cls(tensor.dtype, tuple(tensor.shape))
 
     @property
+    def num_values(self) -> int:
+        return math.prod(self.shape)
+
+    @property
     def size_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape)
+        return self.dtype.itemsize * self.num_values
 
 
 class TensorFile:
@@ -88,10 +92,21 @@ class TensorFile:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, _value: object, _trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._file.close()
+
+    @property
+    def complete(self) -> bool:
+        """Whether every tensor has been written."""
+        return not self._missing
+
+    def close(self) -> None:
+        """Flushes the file to the disk and closes it."""
         try:
-            if kind is None:
-                assert not self._missing, f"never written: {sorted(self._missing)[:3]}"
-                os.fsync(self._file.fileno())
+            assert self.complete, f"never written: {sorted(self._missing)[:3]}"
+            os.fsync(self._file.fileno())
         finally:
             self._file.close()
 
