@@ -102,7 +102,8 @@ def test_a_model_is_what_transformers_would_have_saved(make: Any, max_bytes: int
 
     plain.config.save_pretrained(ours)
     loaded = AutoModelForCausalLM.from_pretrained(ours, dtype=model.dtype).eval()
-    assert logits(loaded) == pytest.approx(expected, abs=2e-6, rel=1e-5)
+    # `to(bfloat16)` above has also rounded the frequencies of the positions, which loading does not.
+    assert logits(loaded) == pytest.approx(expected, abs=2e-6 if model.dtype is torch.float32 else 5e-3)
 
 
 def test_pieces_are_single_tensors_where_nothing_is_fused_and_layers_where_something_is() -> None:

@@ -22,11 +22,25 @@ from finetune_trainer.manifest import Progress
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.state import StateWriter
 from finetune_trainer.step import StepResult, evaluate, train_step
+from finetune_trainer.tracking.background import Tracking
 
 SPEED_SMOOTHING = 0.2
 """Weight of the newest step in the step time that the ETA is computed from."""
 LOG_INTERVAL_SECONDS = 1.0
 """Steps that follow each other faster share a line."""
+TRACKED = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "tokens_per_second",
+    "samples_per_second",
+    "memory_used_bytes",
+    "memory_peak_bytes",
+    "checkpoint_stall_seconds",
+    "data_wait_seconds",
+)
+"""What trackers are told of each step."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -47,6 +61,7 @@ class Training:
     """Rank 0's."""
     stop_requested: Callable[[], bool]
     device_facts: DeviceFacts
+    tracking: Tracking
     step_seconds: float | None = None
     logged_at: float = 0.0
 
@@ -131,6 +146,7 @@ class Training:
             self.journal.write(
                 progress.step, loss=result.loss, grad_norm=result.grad_norm, tokens=result.num_tokens, seconds=seconds
             )
+        self.tracking.log(progress.step, **{name: getattr(state, name) for name in TRACKED})
         now = time.monotonic()
         if now - self.logged_at < LOG_INTERVAL_SECONDS and progress.step < self.order.total_steps:
             return
@@ -173,10 +189,12 @@ class Training:
             raise NonFiniteLossError(f"step {step}: held-out loss {loss}")
         if self.progress.last_eval_step is None:
             self.progress.base_eval_loss = loss
+            self.tracking.log(step, base_eval_loss=loss)
         self.progress.eval_loss, self.progress.last_eval_step = loss, step
         self.status.beat(eval_loss=loss, base_eval_loss=self.progress.base_eval_loss)
         if self.journal is not None:
             self.journal.event(step, eval_loss=loss, eval_loss_hex=loss.hex())
+        self.tracking.log(step, eval_loss=loss)
         log.info("step %d  held-out loss %.4f", step, loss)
 
     def _save(self) -> None:

@@ -25,6 +25,10 @@ from finetune_trainer.errors import StorageError
 from finetune_trainer.hub import go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
 from finetune_trainer.state import StateWriter
+from finetune_trainer.tracking.background import Tracking
+from finetune_trainer.tracking.base import RunFacts, Tracker, run_config
+from finetune_trainer.tracking.board import TensorBoardTracker
+from finetune_trainer.tracking.weights_and_biases import WandbTracker
 from finetune_trainer.versions import versions
 
 log = logging.getLogger("finetune_trainer")
@@ -175,7 +179,18 @@ def prepare_training(
         journal=Journal(root, spec.attempt) if world.is_first else None,
         stop_requested=stop_requested,
         device_facts=DeviceFacts(world.device),
+        tracking=start_tracking(spec, progress.step + 1 if resumed else 0, first=world.is_first),
     )
+
+
+def start_tracking(spec: LaunchSpec, first_step: int, *, first: bool) -> Tracking:
+    """Starts the job's trackers on rank 0; nothing here waits for them."""
+    trackers: list[Tracker] = []
+    if first and spec.tracking.wandb is not None:
+        trackers.append(WandbTracker(spec.tracking.wandb))
+    if first and spec.tracking.tensor_board is not None:
+        trackers.append(TensorBoardTracker(Path(spec.tracking.tensor_board.dir)))
+    return Tracking(trackers, RunFacts(spec.job.uid, spec.attempt, first_step, run_config(spec)))
 
 
 def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, started: float) -> None:
