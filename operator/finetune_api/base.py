@@ -130,3 +130,9 @@ EnvVarName = _text(
     "must be an environment variable's name: letters, digits and `_`, no leading digit",
     253,
 )
+FileSize = _text(
+    r"^[1-9][0-9]{0,8}(KB|MB|GB|KiB|MiB|GiB)$",
+    "must be a whole number with KB, MB, GB, KiB, MiB or GiB, such as `5GB`",
+    12,
+)
+"""A size as transformers' `max_shard_size` has it: powers of 1,000, or of 1,024 with an `i`."""

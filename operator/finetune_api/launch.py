@@ -158,6 +158,29 @@ class LaunchCheckpoint(ApiModel):
     every_steps: int
     keep: int
     on_termination: bool
+    background: bool
+
+
+class LaunchOutput(ApiModel):
+    merge_adapter: bool
+    max_shard_bytes: int
+
+
+class LaunchWandb(ApiModel):
+    project: str
+    entity: str | None
+    run_name: str
+    token_file: str | None
+
+
+class LaunchTensorBoard(ApiModel):
+    dir: str
+    """Belongs to this job alone."""
+
+
+class LaunchTracking(ApiModel):
+    wandb: LaunchWandb | None
+    tensor_board: LaunchTensorBoard | None
 
 
 class JobIdentity(ApiModel):
@@ -205,6 +228,8 @@ class LaunchSpec(ApiModel):
     """Only for `Freeze`."""
     quantization: LaunchQuantization | None
     """Only for `QLoRA`."""
+    output: LaunchOutput
+    tracking: LaunchTracking
 
     @property
     def world_size(self) -> int:

@@ -14,6 +14,7 @@ from finetune_api.base import (
     ApiModel,
     DatasetUri,
     EnvVarName,
+    FileSize,
     LoraPlusRatio,
     ModelUri,
     NonNegativeDecimal,
@@ -552,6 +553,9 @@ class CheckpointSpec(ApiModel):
     """Keep so many of the newest complete checkpoints."""
     on_termination: bool = True
     """On SIGTERM (suspension, eviction, drain) save before leaving."""
+    background: bool = True
+    """Training stands still only while the state is copied to host memory, which needs room for the state once more; it is
+    written while training goes on. False waits until it is written."""
 
 
 class RecoverySpec(ApiModel):
@@ -563,6 +567,34 @@ class RecoverySpec(ApiModel):
 class OutputSpec(ApiModel):
     uri: VolumeUri
     """Folder that receives the adapter (LoRA, QLoRA) or the model (Full, Freeze), in Hugging Face layout."""
+    merge_adapter: bool = False
+    """Also write the whole model with the adapter merged into its weights, into the subfolder `merged`. Only for
+    `method: LoRA`."""
+    max_shard_size: FileSize = "5GB"
+    """Files of a whole model are at most so large; more than one comes with an index, as transformers writes it."""
+
+
+class WandbSpec(ApiModel):
+    project: Short
+    """Project in Weights & Biases."""
+    entity: Short | None = None
+    """User or team that owns the project. Absent: the default of the credentials' owner."""
+    run_name: Short | None = None
+    """Name of the run. Absent: the job's name."""
+    credentials_ref: SecretKeyRef | None = None
+    """API key. Absent: only for offline runs (`WANDB_MODE: offline` in `trainer.env`)."""
+
+
+class TensorBoardSpec(ApiModel):
+    uri: VolumeUri
+    """Folder in which each job gets one of its own for its event files."""
+
+
+class TrackingSpec(ApiModel):
+    wandb: WandbSpec | None = None
+    """Weights & Biases."""
+    tensor_board: TensorBoardSpec | None = None
+    """TensorBoard event files."""
 
 
 class CacheSpec(ApiModel):
@@ -584,6 +616,7 @@ IMMUTABLE = (
     "managedBy",
     "freeze",
     "quantization",
+    "tracking",
 )
 """What may not change once the job exists: another value would be another run."""
 
@@ -610,6 +643,12 @@ class FineTuneJobSpec(ApiModel):
                 "`quantization` is only for `method: QLoRA`; remove it",
             ),
             *combinations.cel_rules(),
+            ("self.method == 'LoRA' || !self.output.mergeAdapter", "`output.mergeAdapter` is only for `method: LoRA`"),
+            (
+                "!has(self.tracking) || !has(self.tracking.tensorBoard) || !(self.tracking.tensorBoard.uri + '/')"
+                ".startsWith(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')",
+                "`tracking.tensorBoard.uri` must not be inside `output.uri`, which is replaced as a whole at the end",
+            ),
             (
                 "self.training.globalBatchSize"
                 " % (self.training.microBatchSize * self.trainer.numNodes * self.trainer.numProcPerNode) == 0",
@@ -659,3 +698,5 @@ class FineTuneJobSpec(ApiModel):
     """What `method: Freeze` trains; absent: the defaults of its fields."""
     quantization: QuantizationSpec | None = None
     """How `method: QLoRA` quantises the base model; absent: the defaults of its fields."""
+    tracking: TrackingSpec | None = None
+    """Where the course of training is shown, besides Prometheus. A tracker that fails never stops or slows training."""

@@ -165,6 +165,25 @@ BAD: dict[str, Bad] = {
     ),
     "no output": Bad("spec.output", REMOVE, ("spec.output", "Required value")),
     "output to a hub": Bad("spec.output.uri", "hf://org/name", ("spec.output.uri", "where the trainer can write")),
+    "merged adapter of a full run": Bad(
+        "spec",
+        {**{k: v for k, v in GOOD["spec"].items() if k != "adapter"}, "method": "Full"}
+        | {"output": {"uri": "pvc://finetune/out", "mergeAdapter": True}},
+        ("`output.mergeAdapter` is only for `method: LoRA`",),
+    ),
+    "shards without a unit": Bad("spec.output.maxShardSize", "5000", ("spec.output.maxShardSize", "such as `5GB`")),
+    "background in words": Bad("spec.checkpoint.background", "maybe", ("spec.checkpoint.background", "type boolean")),
+    "tracking without a project": Bad(
+        "spec.tracking", {"wandb": {}}, ("spec.tracking.wandb.project", "Required value")
+    ),
+    "event files to a hub": Bad(
+        "spec.tracking.tensorBoard.uri",
+        "hf://org/name",
+        ("spec.tracking.tensorBoard.uri", "where the trainer can write"),
+    ),
+    "event files inside the output": Bad(
+        "spec.tracking.tensorBoard.uri", "pvc://finetune/out/runs", ("`tracking.tensorBoard.uri` must not be inside",)
+    ),
     "deadline 0": Bad("spec.activeDeadlineSeconds", 0, ("spec.activeDeadlineSeconds", "greater than or equal to 1")),
     "negative TTL": Bad(
         "spec.ttlSecondsAfterFinished", -1, ("spec.ttlSecondsAfterFinished", "greater than or equal to 0")

@@ -79,11 +79,19 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
             "groupByLength": False,
         },
         "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None", "config": None},
-        "checkpoint": {"dir": str(folder / "checkpoints"), "everySteps": 2, "keep": 2, "onTermination": True},
+        "checkpoint": {
+            "dir": str(folder / "checkpoints"),
+            "everySteps": 2,
+            "keep": 2,
+            "onTermination": True,
+            "background": True,
+        },
         "outputDir": str(folder / "output"),
         "cacheDir": str(folder / "cache"),
         "freeze": None,
         "quantization": None,
+        "output": {"mergeAdapter": False, "maxShardBytes": 5_000_000_000},
+        "tracking": {"wandb": None, "tensorBoard": None},
     }
     spec["model"]["chatTemplate"] = None
     for path, value in changes.items():

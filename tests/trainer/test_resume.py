@@ -82,7 +82,7 @@ def test_killed_and_resumed_is_identical(changes: dict[str, Any], start: StartPo
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)
     victim = killed.spec["numProcPerNode"] - 1
-    killed.wait_for_step(3, victim)
+    killed.wait_for(lambda state: state.step >= 3 and state.last_checkpoint_step is not None, victim)
     killed.kill_rank(victim)
     assert killed.wait() == FAILURES[Reason.RANK_KILLED].exit_code, killed.log
     assert killed.report["reason"] == "RankKilled" and killed.report["rank"] == victim

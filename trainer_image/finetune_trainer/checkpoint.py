@@ -1,16 +1,19 @@
 """Saves and restores the training state of all ranks.
 
 Every rank writes and verifies its own part; rank 0 decides. A checkpoint is a folder `step-XXXXXXXX` that was written under
-another name, got a manifest with a SHA-256 for each file, was flushed, and was renamed: only then it counts.
+another name, got a manifest with a SHA-256 for each file, was flushed, and was renamed: only then it counts. The state is
+copied to host memory while training stands still; the rest happens in the background (see `saving`).
 """
 
 import logging
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 
 from finetune_trainer import manifest as mf
 from finetune_trainer import optimizer_state
@@ -20,12 +23,16 @@ from finetune_trainer.distributed import World
 from finetune_trainer.engine import is_partitioned
 from finetune_trainer.errors import CheckpointCorruptError, ConfigError
 from finetune_trainer.manifest import Manifest, Progress
+from finetune_trainer.saving import Saved, Saving
+from finetune_trainer.staging import Staging, settle
+from finetune_trainer.tensor_file import write_tensors
 from finetune_trainer.versions import versions
 
+FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.005, 0.25
 log = logging.getLogger("finetune_trainer")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Checkpoints:
     """The checkpoint folder of one job, as one attempt uses it."""
 
@@ -35,25 +42,72 @@ class Checkpoints:
     claim: AttemptClaim | None
     """Rank 0's; None on the others."""
     fingerprint: dict[str, Any]
+    attempt: int
+    _staging: Staging = field(default_factory=Staging, init=False)
+    _saving: Saving | None = field(default=None, init=False)
+    _newest: Saved | None = field(default=None, init=False)
+    _num_before: int = field(default=0, init=False)
 
-    def save(self, engine: Any, progress: Progress) -> float:
-        """Writes a checkpoint; all ranks call it at the same step.
+    def save(self, engine: Any, progress: Progress, beat: Callable[[], None]) -> None:
+        """Stages the state and starts to write it; all ranks call it at the same step.
 
-        Returns:
-            When it was complete, as Unix time.
+        A save that is still on its way is waited for: never more than one is.
+
+        Raises:
+            SupersededError, StorageError: the save before failed (on every rank).
+        """
+        self.wait(beat)
+        staged: dict[str, torch.Tensor] = {}
+        self.world.together(lambda: self._stage(engine, staged))
+        temporary = mf.temporary_folder(self.root, progress.step, self.attempt)
+        name, then = self._part(engine), replace(progress)
+        self._saving = Saving(
+            self.world,
+            progress.step,
+            write=lambda count: self._write_part(staged, temporary, name, count),
+            commit=lambda parts: self._commit(temporary, then, {n: e for part in parts for n, e in part.items()}),
+            superseded=lambda: self.claim.check() if self.claim else None,
+        )
+
+    def wait(self, beat: Callable[[], None]) -> None:
+        """Waits for the save that is on its way, if there is one; all ranks call it at the same step.
+
+        The ranks ask each other all the while, so that one that has died is noticed. A rank whose own part does not move gives
+        no sign of life: a dead volume is found by the hang watch.
 
         Raises:
             SupersededError: a newer attempt owns the folder (on every rank).
             StorageError: a rank could not write (on every rank).
         """
-        temporary = mf.temporary_folder(self.root, progress.step, self.claim.attempt if self.claim else 0)
-        temporary = Path(self.world.broadcast(str(temporary)))
-        self.world.together(lambda: self._prepare(temporary))
-        entries = self.world.together(lambda: self._write_part(engine, temporary))
-        files = {name: entry for part in entries for name, entry in part.items()}
-        now = time.time()
-        self.world.together(lambda: self._commit(temporary, progress, files, now))
-        return now
+        saving = self._saving
+        if saving is None:
+            return
+        pause = FIRST_POLL_SECONDS
+        while self.world.sum([float(saving.ended)])[0] < self.world.size:
+            if saving.moved():
+                beat()
+            time.sleep(pause)
+            pause = min(2 * pause, LAST_POLL_SECONDS)
+        self._saving = None
+        self.world.together(saving.result)
+        self._newest, self._num_before = saving.saved, self._num_before + 1
+        if self.world.is_first:
+            saving.forget()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the save that is on its way has failed, as far as this rank knows; `wait` then raises on all ranks."""
+        return self._saving is not None and self._saving.failed
+
+    @property
+    def newest(self) -> Saved | None:
+        """The newest checkpoint of this attempt that counts, as far as this rank knows."""
+        return (self._saving.saved if self._saving else None) or self._newest
+
+    @property
+    def num_saved(self) -> int:
+        """Checkpoints that this attempt has written."""
+        return self._num_before + int(self._saving is not None and self._saving.saved is not None)
 
     def restore(self, engine: Any) -> Progress | None:
         """Resumes from the newest checkpoint that verifies.
@@ -83,23 +137,26 @@ class Checkpoints:
             raise CheckpointCorruptError(f"{self.root}: none of the {len(found)} checkpoints verifies; see the log")
         return None
 
-    def _prepare(self, temporary: Path) -> None:
-        if self.world.is_first:
-            temporary.mkdir(parents=True, exist_ok=True)
-
     def _part(self, engine: Any) -> str:
         return f"rank-{self.world.rank if is_partitioned(engine) else 0:05d}.safetensors"
 
-    def _write_part(self, engine: Any, temporary: Path) -> dict[str, dict[str, Any]]:
-        if not self.world.is_first and not is_partitioned(engine):
-            return {}  # every rank holds the same state
-        name = self._part(engine)
-        save_file(optimizer_state.capture(engine), temporary / name)
-        return {name: mf.file_entry(temporary / name)}
+    def _stage(self, engine: Any, staged: dict[str, torch.Tensor]) -> None:
+        if self.world.is_first or is_partitioned(engine):  # else every rank holds the same state
+            settle(self.world.device)
+            staged.update(optimizer_state.capture(engine, self._staging.hold))
+            settle(self.world.device)
 
-    def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]], now: float) -> None:
-        if self.claim is None:
-            return
+    def _write_part(
+        self, staged: dict[str, torch.Tensor], temporary: Path, name: str, count: Callable[[int], None]
+    ) -> dict[str, dict[str, Any]]:
+        if not staged:
+            return {}
+        temporary.mkdir(parents=True, exist_ok=True)
+        return {name: write_tensors(temporary / name, staged, count)}
+
+    def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> float:
+        assert self.claim is not None
+        now = time.time()
         manifest = Manifest(
             progress=progress,
             attempt=self.claim.attempt,
@@ -114,6 +171,7 @@ class Checkpoints:
         mf.commit(temporary, mf.step_folder(self.root, progress.step))
         self.claim.check()
         mf.retain(self.root, self.keep)
+        return now
 
     def _candidates(self) -> list[str]:
         for name in mf.remove_abandoned(self.root):

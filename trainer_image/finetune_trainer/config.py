@@ -62,6 +62,7 @@ def _check(spec: LaunchSpec) -> None:
     if reason := check(combination(spec)):
         raise ConfigError(reason)
     _check_data(spec)
+    _check_output(spec)
 
 
 def combination(spec: LaunchSpec) -> Combination:
@@ -91,6 +92,14 @@ def _check_data(spec: LaunchSpec) -> None:
         raise ConfigError("datasets.evaluation.weight: only for data sets in `train`; remove it")
     if any(d.tags and d.format not in ("ShareGPT", "Messages") for d in [*spec.train, *spec.evaluation]):
         raise ConfigError("datasets.tags: needs format ShareGPT or Messages")
+
+
+def _check_output(spec: LaunchSpec) -> None:
+    if spec.output.merge_adapter and spec.method != "LoRA":
+        raise ConfigError("output.mergeAdapter: is only for method LoRA")
+    board = spec.tracking.tensor_board
+    if board is not None and Path(board.dir).is_relative_to(spec.output_dir):
+        raise ConfigError(f"tracking.tensorBoard.uri: must not be inside output.uri ({spec.output_dir})")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:

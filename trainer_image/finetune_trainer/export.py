@@ -1,14 +1,12 @@
-"""Writes the result in Hugging Face layout: the adapter, or the whole model.
+"""Writes the result in Hugging Face layout: the adapter (and, if the job wants it, the merged model), or the whole model.
 
 The weights are the ones that were evaluated, in their own precision, in an order that depends on nothing: the same weights
 give the same bytes. The folder is written beside its place and renamed into it; where that cannot be (the root of a volume,
 or a folder that also holds the checkpoints) files are moved in one by one and the result file comes last.
 """
 
-import contextlib
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,69 +15,40 @@ import torch
 from finetune_api.launch import LaunchSpec, PathSource
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
+from finetune_trainer.shards import whole, write_model
 
 RESULT_FILE = "train_result.json"
+MERGED_FOLDER = "merged"
 FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
 """safetensors writes its files for their owner alone; a result is for others to read."""
 log = logging.getLogger("finetune_trainer")
 
 
-def gather_weights(engine: Any, spec: LaunchSpec, *, first: bool) -> dict[str, torch.Tensor]:
-    """The result's weights on the host of rank 0; all ranks call it.
-
-    Under ZeRO-3 one parameter after the other is put together, so that no GPU needs room for all.
+def write_output(engine: Any, tokenizer: Any, spec: LaunchSpec, result: dict[str, Any], *, first: bool) -> None:
+    """Writes the output folder; all ranks call it and help to put weights together, rank 0 writes.
 
     Args:
         engine: the DeepSpeed engine.
-        spec: the launch; with an adapter only the trainable weights are taken.
-        first: whether this is rank 0; the others get an empty dict.
-    """
-    weights = {}
-    for name, parameter in engine.module.named_parameters():
-        if spec.adapter is not None and not parameter.requires_grad:
-            continue
-        with _whole(parameter):
-            if first:
-                weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
-    return weights
-
-
-@contextlib.contextmanager
-def _whole(parameter: Any) -> Iterator[None]:
-    if hasattr(parameter, "ds_id"):
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters([parameter]):
-            yield
-    else:
-        yield
-
-
-def write_output(
-    engine: Any, tokenizer: Any, weights: dict[str, torch.Tensor], spec: LaunchSpec, result: dict[str, Any]
-) -> None:
-    """Writes the output folder; rank 0 only.
-
-    Args:
-        engine: the DeepSpeed engine, for the model's configuration.
         tokenizer: is saved beside the weights, with the chat template that was trained on.
-        weights: from `gather_weights`.
         spec: the launch.
         result: the content of train_result.json.
+        first: whether this is rank 0.
     """
     final = Path(spec.output_dir)
     in_place = final.is_mount() or Path(spec.checkpoint.dir).is_relative_to(final)
     parent = final if in_place else final.parent
     temporary = parent / f".{final.name or 'output'}.tmp-{spec.job.uid}-{spec.attempt}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    if spec.adapter is not None:
-        _write_adapter(engine.module, weights, spec, result["model_revision"], temporary)
-    else:
-        engine.module.save_pretrained(str(temporary), state_dict=weights, is_main_process=True)
-    tokenizer.save_pretrained(str(temporary))
-    write_json(temporary / OUTPUT_FILE, output_claim(spec.job))
-    write_json(temporary / RESULT_FILE, result)
+    if first:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    _write_weights(engine.module, spec, result["model_revision"], temporary, first=first)
+    if not first:
+        return
+    merged = temporary / MERGED_FOLDER
+    for folder in (temporary, *([merged] if merged.is_dir() else [])):
+        tokenizer.save_pretrained(str(folder))
+        write_json(folder / OUTPUT_FILE, output_claim(spec.job))
+        write_json(folder / RESULT_FILE, result)
     for path in temporary.rglob("*"):
         path.chmod(DIRECTORY_MODE if path.is_dir() else FILE_MODE)
         fsync_path(path)
@@ -89,6 +58,42 @@ def write_output(
     else:
         _replace(temporary, final)
     log.info("exported to %s", final)
+
+
+def _write_weights(model: Any, spec: LaunchSpec, revision: str | None, folder: Path, *, first: bool) -> None:
+    if not hasattr(model, "peft_config"):
+        if first:
+            _write_config(model, folder)
+        write_model(model, folder, spec.output.max_shard_bytes, first=first)
+        return
+    adapter = _gather_adapter(model, first=first)
+    if spec.output.merge_adapter:
+        if first:
+            (folder / MERGED_FOLDER).mkdir()
+            _write_config(model.get_base_model(), folder / MERGED_FOLDER)
+        write_model(model, folder / MERGED_FOLDER, spec.output.max_shard_bytes, first=first)
+    if first:
+        _write_adapter(model, adapter, spec, revision, folder)
+
+
+def _gather_adapter(model: Any, *, first: bool) -> dict[str, torch.Tensor]:
+    """The trained weights on the host of rank 0; the others get an empty dict. Adapters are small, and in one file."""
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            with whole([parameter]):
+                if first:
+                    weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
+    return weights
+
+
+def _write_config(model: Any, folder: Path) -> None:
+    """What `save_pretrained` writes beside the weights."""
+    model.config.dtype = str(model.dtype).removeprefix("torch.")
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(str(folder))
+    if model.can_generate():
+        model.generation_config.save_pretrained(str(folder))
 
 
 def _write_adapter(
@@ -129,6 +134,8 @@ def _move_files(temporary: Path, final: Path) -> None:
         if target.is_dir():
             shutil.rmtree(target)
         (temporary / name).replace(target)
+    if MERGED_FOLDER not in names and (final / MERGED_FOLDER / OUTPUT_FILE).is_file():  # of an earlier run
+        shutil.rmtree(final / MERGED_FOLDER)
     for path in final.glob("*.safetensors*"):  # of an earlier run with more files; anything else is left alone
         if path.name not in names:
             path.unlink()

@@ -67,6 +67,8 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
     if not any(isinstance(source, HubSource) for source in sources):
         ours["HF_HUB_OFFLINE"] = "1"
     defaults = {"USER": "trainer", "LOGNAME": "trainer"}
+    for name in ("WANDB_DIR", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR"):
+        defaults[name] = str(cache / "wandb")  # for offline runs the user names a volume
     if not has_cuda():
         ours["DS_ACCELERATOR"] = "cpu"
     if spec.num_nodes == 1:

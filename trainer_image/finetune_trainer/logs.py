@@ -15,6 +15,7 @@ QUIET = (
     "httpx",
     "huggingface_hub",
     "filelock",
+    "wandb",
 )
 
 

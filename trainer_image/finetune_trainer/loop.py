@@ -1,5 +1,6 @@
 """The training loop, top to bottom: evaluate the base, then step, report, evaluate, save, until the last step."""
 
+import contextlib
 import logging
 import math
 import time
@@ -15,17 +16,31 @@ from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.order import RowOrder
 from finetune_trainer.device import DeviceFacts
 from finetune_trainer.distributed import World
-from finetune_trainer.errors import NonFiniteLossError, TerminatedError
+from finetune_trainer.errors import NonFiniteLossError, TerminatedError, TrainerError
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.state import StateWriter
 from finetune_trainer.step import StepResult, evaluate, train_step
+from finetune_trainer.tracking.background import Tracking
 
 SPEED_SMOOTHING = 0.2
 """Weight of the newest step in the step time that the ETA is computed from."""
 LOG_INTERVAL_SECONDS = 1.0
 """Steps that follow each other faster share a line."""
+TRACKED = (
+    "loss",
+    "learning_rate",
+    "grad_norm",
+    "epoch",
+    "tokens_per_second",
+    "samples_per_second",
+    "memory_used_bytes",
+    "memory_peak_bytes",
+    "checkpoint_stall_seconds",
+    "data_wait_seconds",
+)
+"""What trackers are told of each step."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -46,6 +61,7 @@ class Training:
     """Rank 0's."""
     stop_requested: Callable[[], bool]
     device_facts: DeviceFacts
+    tracking: Tracking
     step_seconds: float | None = None
     logged_at: float = 0.0
 
@@ -56,6 +72,15 @@ class Training:
             TerminatedError: a pod was asked to stop; a checkpoint has been saved if the job wants one.
             NonFiniteLossError: the loss or the gradient norm is not finite.
         """
+        try:
+            self._run()
+        except NonFiniteLossError:
+            # All ranks are here: what was staged before the accident is still worth its place on the volume.
+            with contextlib.suppress(TrainerError):
+                self._finish_save()
+            raise
+
+    def _run(self) -> None:
         total = self.order.total_steps
         if self.progress.last_eval_step is None or self._eval_due(self.progress.step):
             self._evaluate()
@@ -64,12 +89,14 @@ class Training:
             started = time.perf_counter()
             result = self._step(step)
             self._report(result, time.perf_counter() - started)
+            self._note_saved()
             if result.stop:
                 self._leave()
             if self._eval_due(step):
                 self._evaluate()
             if step % self.spec.checkpoint.every_steps == 0 or step == total:
                 self._save()
+        self._finish_save()
 
     def _step(self, step: int) -> StepResult:
         training = self.spec.training
@@ -85,7 +112,7 @@ class Training:
             seed=training.seed,
             micro_batch_size=training.micro_batch_size,
             max_grad_norm=training.max_grad_norm,
-            stop_requested=self.stop_requested,
+            stop_requested=self._must_leave,
             beat=self.status.beat,
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
@@ -117,6 +144,7 @@ class Training:
             self.journal.write(
                 progress.step, loss=result.loss, grad_norm=result.grad_norm, tokens=result.num_tokens, seconds=seconds
             )
+        self.tracking.log(progress.step, **{name: getattr(state, name) for name in TRACKED})
         now = time.monotonic()
         if now - self.logged_at < LOG_INTERVAL_SECONDS and progress.step < self.order.total_steps:
             return
@@ -149,7 +177,7 @@ class Training:
             self.eval_rows,
             self.world,
             micro_batch_size=self.spec.training.micro_batch_size,
-            stop_requested=self.stop_requested,
+            stop_requested=self._must_leave,
             beat=self.status.beat,
         )
         if loss is None:
@@ -159,28 +187,54 @@ class Training:
             raise NonFiniteLossError(f"step {step}: held-out loss {loss}")
         if self.progress.last_eval_step is None:
             self.progress.base_eval_loss = loss
+            self.tracking.log(step, base_eval_loss=loss)
         self.progress.eval_loss, self.progress.last_eval_step = loss, step
         self.status.beat(eval_loss=loss, base_eval_loss=self.progress.base_eval_loss)
         if self.journal is not None:
             self.journal.event(step, eval_loss=loss, eval_loss_hex=loss.hex())
+        self.tracking.log(step, eval_loss=loss)
         log.info("step %d  held-out loss %.4f", step, loss)
 
     def _save(self) -> None:
         started = time.perf_counter()
         self.status.beat(Activity.CHECKPOINTING)
-        saved_at = self.checkpoints.save(self.engine, self.progress)
-        state, seconds = self.status.state, time.perf_counter() - started
-        log.info("step %d  checkpoint saved in %.2f s", self.progress.step, seconds)
+        self.checkpoints.save(self.engine, self.progress, self.status.beat)
+        if not self.spec.checkpoint.background:
+            self.checkpoints.wait(self.status.beat)
+        self._stood_still(started)
+
+    def _finish_save(self) -> None:
+        """Waits until the newest checkpoint counts."""
+        started = time.perf_counter()
+        self.status.beat(Activity.CHECKPOINTING)
+        self.checkpoints.wait(self.status.beat)
+        self._stood_still(started)
+
+    def _stood_still(self, since: float) -> None:
+        seconds = time.perf_counter() - since
+        total = self.status.state.checkpoint_stall_seconds + seconds
+        self.status.beat(Activity.TRAINING, checkpoint_stall_seconds=total)
+        self._note_saved()
+
+    def _note_saved(self) -> None:
+        """Publishes a checkpoint once it counts."""
+        state, saved = self.status.state, self.checkpoints.newest
+        if saved is None or saved.step == state.last_checkpoint_step:
+            return
+        log.info("step %d  checkpoint saved in %.2f s", saved.step, saved.seconds)
         self.status.beat(
-            Activity.TRAINING,
-            last_checkpoint_step=self.progress.step,
-            last_checkpoint_time=saved_at,
-            checkpoints=state.checkpoints + 1,
-            checkpoint_stall_seconds=state.checkpoint_stall_seconds + seconds,
+            last_checkpoint_step=saved.step,
+            last_checkpoint_time=saved.time,
+            checkpoints=self.checkpoints.num_saved,
         )
 
+    def _must_leave(self) -> bool:
+        """Asked to stop, or unable to save: all ranks then come to `_leave` at the same step."""
+        return self.stop_requested() or self.checkpoints.failed
+
     def _leave(self) -> None:
-        """All ranks are here at the same step: one pod was asked to stop."""
+        """All ranks are here at the same step: one pod was asked to stop, or a save has failed, which is told here."""
+        self._finish_save()
         step = self.progress.step
         if not self.spec.checkpoint.on_termination:
             raise TerminatedError(f"asked to stop; left after step {step} without saving (onTermination: false)")
@@ -188,4 +242,5 @@ class Training:
             raise TerminatedError("asked to stop before the first step: nothing to save yet")
         if self.status.state.last_checkpoint_step != step:
             self._save()
+            self._finish_save()
         raise TerminatedError(f"asked to stop; saved and left after step {step}")

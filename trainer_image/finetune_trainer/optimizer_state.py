@@ -4,6 +4,7 @@ One concept in DeepSpeed's four shapes: no wrapper (the parameters are the maste
 Frozen weights are not part of it, and bf16 weights are rounded masters, so nothing else has to be saved.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,26 +28,31 @@ def masters(engine: Any) -> list[torch.Tensor]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def capture(engine: Any) -> dict[str, torch.Tensor]:
+def _host(_name: str, tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().to("cpu", copy=True).contiguous()
+
+
+def capture(engine: Any, host: Callable[[str, torch.Tensor], torch.Tensor] = _host) -> dict[str, torch.Tensor]:
     """Copies of the state on the host: `<partition>.master` and one entry for each of the optimizer's own.
 
     torch's and DeepSpeed's AdamW have `exp_avg`, `exp_avg_sq` and `step`; bitsandbytes' have `state1`, `state2`, `step` and,
     with 8 bits, `absmax1`, `absmax2`, `qmap1`, `qmap2`. A Python integer is kept as int64, a tensor in its own type. Before the
     first step there is only the master.
+
+    Args:
+        engine: the DeepSpeed engine.
+        host: makes the copy of one tensor; the name is its key in the result.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()  # a paged state is memory of the host that kernels may still be writing
     state = base_optimizer(engine).state
     tensors = {}
     for index, master in enumerate(masters(engine)):
-        tensors[f"{index}.{MASTER}"] = _host(master)
+        tensors[f"{index}.{MASTER}"] = host(f"{index}.{MASTER}", master)
         for name, value in state.get(master, {}).items():
-            tensors[f"{index}.{name}"] = _host(value) if isinstance(value, torch.Tensor) else _integer(name, value)
+            key = f"{index}.{name}"
+            tensors[key] = host(key, value) if isinstance(value, torch.Tensor) else _integer(name, value)
     return tensors
-
-
-def _host(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().to("cpu", copy=True).contiguous()
 
 
 def _integer(name: str, value: Any) -> torch.Tensor:

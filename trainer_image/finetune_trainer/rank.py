@@ -25,8 +25,22 @@ PR_SET_PDEATHSIG = 1
 log = logging.getLogger("finetune_trainer")
 
 
-def run(spec: LaunchSpec, scratch: Path, status: StateWriter, stop_requested: Callable[[], bool]) -> None:
-    """config → distributed → data → model → engine → checkpoint → loop → export; all ranks go the same way."""
+def run(
+    spec: LaunchSpec,
+    scratch: Path,
+    status: StateWriter,
+    stop_requested: Callable[[], bool],
+    at_end: list[Callable[[bool], None]],
+) -> None:
+    """config → distributed → data → model → engine → checkpoint → loop → export; all ranks go the same way.
+
+    Args:
+        spec: the launch.
+        scratch: a folder of the supervisor's.
+        status: tells the supervisor.
+        stop_requested: whether this pod was asked to leave.
+        at_end: gets what is to be called, with whether all went well, when the outcome has been recorded.
+    """
     from finetune_trainer import distributed
 
     started = clock = time.perf_counter()
@@ -49,6 +63,7 @@ def run(spec: LaunchSpec, scratch: Path, status: StateWriter, stop_requested: Ca
     training = setup.prepare_training(spec, sources, data, engine, world, claim, status, stop_requested)
     clock = _took("checkpoint", clock)
 
+    at_end.append(training.tracking.finish)
     world.wait_for_all("loaded")
     training.run()
 
@@ -78,16 +93,19 @@ def main(arguments: list[str]) -> int:
     spec = read_launch(launch_file)
     status = StateWriter(scratch, rank, spec.attempt)
     status.beat()
+    code, at_end = 0, list[Callable[[bool], None]]()
     try:
-        run(spec, scratch, status, lambda: bool(stops))
-        return 0
+        run(spec, scratch, status, lambda: bool(stops), at_end)
     except BaseException as error:
         reason, message = classify(error)
         asked = isinstance(error, TerminatedError)  # no failure, so no traceback
         status.fail(reason, message, "" if asked else short_traceback(error, TRACEBACK_LIMIT))
         if not asked:
             log.exception("this rank ends: %s", reason)
-        return FAILURES[reason].exit_code or 1
+        code = FAILURES[reason].exit_code or 1
+    for finish in at_end:
+        finish(code == 0)
+    return code
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from finetune_trainer.errors import StorageError
 from finetune_trainer.hub import go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
 from finetune_trainer.state import StateWriter
+from finetune_trainer.tracking.background import Tracking
+from finetune_trainer.tracking.base import RunFacts, Tracker, run_config
+from finetune_trainer.tracking.board import TensorBoardTracker
+from finetune_trainer.tracking.weights_and_biases import WandbTracker
 from finetune_trainer.versions import versions
 
 log = logging.getLogger("finetune_trainer")
@@ -140,11 +144,14 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     from finetune_trainer.deepspeed_block import check_block
     from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
+    from finetune_trainer.shards import check_mergeable
 
     tame_deepspeed()
     config = ds.deepspeed_config(spec)
     check_block(spec.deepspeed.config, config, cuda=world.device.type == "cuda")
     model = models.load_model(sources.model, spec, config)
+    if spec.output.merge_adapter:
+        check_mergeable(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")
     warn_of_slow_precision(world.device, spec.training.precision)
@@ -170,7 +177,7 @@ def prepare_training(
 
     root = Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
-    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run)
+    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run, spec.attempt)
     order = data.order
     resumed = checkpoints.restore(engine)
     progress = resumed or Progress()
@@ -196,19 +203,27 @@ def prepare_training(
         journal=Journal(root, spec.attempt) if world.is_first else None,
         stop_requested=stop_requested,
         device_facts=DeviceFacts(world.device),
+        tracking=start_tracking(spec, progress.step + 1 if resumed else 0, first=world.is_first),
     )
+
+
+def start_tracking(spec: LaunchSpec, first_step: int, *, first: bool) -> Tracking:
+    """Starts the job's trackers on rank 0; nothing here waits for them."""
+    trackers: list[Tracker] = []
+    if first and spec.tracking.wandb is not None:
+        trackers.append(WandbTracker(spec.tracking.wandb))
+    if first and spec.tracking.tensor_board is not None:
+        trackers.append(TensorBoardTracker(Path(spec.tracking.tensor_board.dir)))
+    return Tracking(trackers, RunFacts(spec.job.uid, spec.attempt, first_step, run_config(spec)))
 
 
 def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, started: float) -> None:
     """Writes the output folder on rank 0; every rank helps to gather the weights."""
-    from finetune_trainer.export import gather_weights, write_output
+    from finetune_trainer.export import write_output
 
     world: World = training.world
     own_claim: AttemptClaim | None = training.checkpoints.claim
     world.together(lambda: own_claim.check() if own_claim else None)
-    weights = gather_weights(training.engine, spec, first=world.is_first)
-    if not world.is_first:
-        return
     progress: Progress = training.progress
     result = {
         **asdict(progress),
@@ -220,6 +235,6 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
         "data": data.report,
     }
     try:
-        write_output(training.engine, data.tokenizer, weights, spec, result)
+        write_output(training.engine, data.tokenizer, spec, result, first=world.is_first)
     except OSError as error:
         raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error

@@ -12,10 +12,14 @@ from finetune_api.launch import (
     LaunchDeepSpeed,
     LaunchFreeze,
     LaunchModel,
+    LaunchOutput,
     LaunchQuantization,
     LaunchSchedulerParameters,
     LaunchSpec,
+    LaunchTensorBoard,
+    LaunchTracking,
     LaunchTraining,
+    LaunchWandb,
     PathSource,
     Rendezvous,
 )
@@ -26,15 +30,17 @@ from finetune_api.spec import (
     FreezeSpec,
     Method,
     ModelSpec,
+    OutputSpec,
     QuantizationSpec,
     Scheduler,
     SchedulerParametersSpec,
     SecretKeyRef,
+    TrackingSpec,
     TrainingSpec,
 )
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
-from finetune_operator.core.quantity import cpus
+from finetune_operator.core.quantity import cpus, file_size
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.volumes import Mounts, child, local_path, plan_mounts, sibling
 
@@ -70,7 +76,7 @@ def choose(job: FineTuneJob, config: PlanConfig) -> PlanStatus:
         micro_batch_size=spec.training.micro_batch_size,
         gradient_accumulation_steps=spec.training.global_batch_size // (spec.training.micro_batch_size * world_size),
         learning_rate=spec.training.learning_rate or _LEARNING_RATES[spec.method],
-        checkpoint_uri=child(checkpoints, f"{job.metadata.name}-{job.metadata.uid[:8]}"),
+        checkpoint_uri=child(checkpoints, _own_folder(job)),
         output_uri=spec.output.uri,
     )
 
@@ -90,7 +96,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
     mounts = plan_mounts(
         spec,
         read=[spec.model.uri, *(dataset.uri for dataset in data)],
-        write=[plan.checkpoint_uri, plan.output_uri, *([cache_uri] if cache_uri else [])],
+        write=[plan.checkpoint_uri, plan.output_uri, *([cache_uri] if cache_uri else []), *_tracking_uris(spec)],
     )
     launch = LaunchSpec(
         job=JobIdentity(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid),
@@ -120,11 +126,14 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
             every_steps=spec.checkpoint.every_steps,
             keep=spec.checkpoint.keep,
             on_termination=spec.checkpoint.on_termination,
+            background=spec.checkpoint.background,
         ),
         output_dir=local_path(plan.output_uri),
         cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
         freeze=_freeze(spec.freeze or FreezeSpec()) if spec.method is Method.FREEZE else None,
         quantization=_quantization(spec.quantization or QuantizationSpec()) if spec.method is Method.QLORA else None,
+        output=_output(spec.output),
+        tracking=_tracking(spec.tracking or TrackingSpec(), job, mounts),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
 
@@ -246,4 +255,33 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         train_on_prompt=training.train_on_prompt,
         mask_history=training.mask_history,
         group_by_length=training.group_by_length,
+    )
+
+
+def _own_folder(job: FineTuneJob) -> str:
+    """A name that no other job has, not even a later one of the same name."""
+    return f"{job.metadata.name}-{job.metadata.uid[:8]}"
+
+
+def _output(output: OutputSpec) -> LaunchOutput:
+    return LaunchOutput(merge_adapter=output.merge_adapter, max_shard_bytes=file_size(output.max_shard_size))
+
+
+def _tracking_uris(spec: FineTuneJobSpec) -> list[str]:
+    board = spec.tracking.tensor_board if spec.tracking else None
+    return [board.uri] if board else []
+
+
+def _tracking(tracking: TrackingSpec, job: FineTuneJob, mounts: Mounts) -> LaunchTracking:
+    wandb, board = tracking.wandb, tracking.tensor_board
+    return LaunchTracking(
+        wandb=None
+        if wandb is None
+        else LaunchWandb(
+            project=wandb.project,
+            entity=wandb.entity,
+            run_name=wandb.run_name or job.metadata.name,
+            token_file=mounts.token_file(wandb.credentials_ref),
+        ),
+        tensor_board=None if board is None else LaunchTensorBoard(dir=local_path(child(board.uri, _own_folder(job)))),
     )

@@ -79,6 +79,8 @@ def plan_mounts(spec: FineTuneJobSpec, *, read: list[str], write: list[str]) -> 
                 claims.setdefault(uri.removeprefix(_PVC).partition("/")[0], read_only)
     data = [*spec.datasets.train, *spec.datasets.evaluation]
     refs = [spec.model.credentials_ref, *(dataset.credentials_ref for dataset in data)]
+    if spec.tracking is not None and spec.tracking.wandb is not None:
+        refs.append(spec.tracking.wandb.credentials_ref)
     unique = list(dict.fromkeys((ref.name, ref.key) for ref in refs if ref is not None))
     secrets = tuple(SecretMount(name, key, index) for index, (name, key) in enumerate(unique))
     return Mounts(

@@ -122,3 +122,29 @@ def test_the_image_of_the_first_attempt_is_kept() -> None:
     plan = resolve(job, 1, CONFIG).plan.model_copy(update={"image": "registry/trainer:0"})
     job = job.model_copy(update={"status": job.status.model_copy(update={"plan": plan})})
     assert resolve(job, 2, CONFIG).plan.image == "registry/trainer:0"
+
+
+def test_tracking_gets_paths_and_a_mounted_secret() -> None:
+    ref = {"name": "wandb", "key": "api"}
+    tracking = {"wandb": {"project": "p", "credentialsRef": ref}, "tensorBoard": {"uri": "pvc://boards/runs"}}
+    resolved = resolve(make_job(tracking=tracking), 1, CONFIG)
+    wandb, board = resolved.launch.tracking.wandb, resolved.launch.tracking.tensor_board
+    assert wandb is not None and board is not None
+    assert (wandb.run_name, wandb.token_file) == ("tune", "/etc/finetune-secrets/0/token")
+    assert [(s.secret, s.key, s.path) for s in resolved.mounts.secrets] == [("wandb", "api", wandb.token_file)]
+    assert board.dir == "/mnt/pvc/boards/runs/tune-0123abcd"
+    assert {c.claim: c.read_only for c in resolved.mounts.claims}["boards"] is False
+
+
+def test_tracking_is_off_by_default() -> None:
+    resolved = resolve(make_job(), 1, CONFIG)
+    assert resolved.launch.tracking.wandb is None and resolved.launch.tracking.tensor_board is None
+    assert resolved.mounts.secrets == ()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("500MB", 5 * 10**8), ("2GiB", 2**31), ("64KiB", 2**16)]
+)
+def test_shard_sizes(text: str, size: int) -> None:
+    job = make_job(output={"uri": "pvc://data/out/tune", "maxShardSize": text})
+    assert resolve(job, 1, CONFIG).launch.output.max_shard_bytes == size
