@@ -11,6 +11,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.spec import (
     ActivationCheckpointing,
+    Attention,
     DatasetFormat,
     Method,
     Offload,
@@ -87,6 +88,9 @@ class LaunchTraining(ApiModel):
     activation_checkpointing: ActivationCheckpointing
     seed: int
     eval_every_steps: int | None
+    attention: Attention
+    liger_kernel: bool
+    compile: bool
 
 
 class LaunchDeepSpeed(ApiModel):

@@ -65,6 +65,16 @@ class ActivationCheckpointing(StrEnum):
     FULL = "Full"
 
 
+class Attention(StrEnum):
+    AUTO = "Auto"
+    FLASH_ATTENTION_2 = "FlashAttention2"
+    FLASH_ATTENTION_3 = "FlashAttention3"
+    VARLEN = "Varlen"
+    SDPA = "SDPA"
+    FLEX = "Flex"
+    EAGER = "Eager"
+
+
 class Offload(StrEnum):
     NONE = "None"
     CPU = "CPU"
@@ -187,6 +197,14 @@ class TrainingSpec(ApiModel):
     """Seed of data order, dropout and new weights."""
     eval_every_steps: Annotated[int, Field(ge=1)] | None = None
     """Also evaluate after every so many steps."""
+    attention: Attention = Attention.AUTO
+    """Implementation of attention; packed samples never see each other with any of them. Auto takes the fastest that is exact
+    for the model and the device, and says so in the log. FlashAttention2 and 3 must be installed in the trainer image;
+    Varlen is PyTorch's own for rows of several samples."""
+    liger_kernel: bool = False
+    """Use Liger's kernels on GPUs: fused cross-entropy and, without `compile`, its norms, rotary embedding and SwiGLU."""
+    compile: bool = False
+    """Compile each decoder layer with `torch.compile`: the first steps take minutes, the others are faster."""
 
 
 class DeepSpeedSpec(ApiModel):
@@ -366,6 +384,11 @@ class FineTuneJobSpec(ApiModel):
                 "!has(self.training.evalEverySteps)"
                 " || (has(self.datasets.evaluation) && size(self.datasets.evaluation) > 0)",
                 "`training.evalEverySteps` needs a data set in `datasets.evaluation`",
+            ),
+            (
+                "!self.training.compile || self.deepspeed.zeroStage != 3",
+                "`training.compile` does not work with `deepspeed.zeroStage: 3`, which gathers weights between the"
+                " operations of a layer; use stage 0, 1 or 2, or leave `compile` out",
             ),
         )
     }

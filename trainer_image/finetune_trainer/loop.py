@@ -18,9 +18,10 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import NonFiniteLossError, TerminatedError
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
+from finetune_trainer.prefetch import Prefetcher
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.state import StateWriter
-from finetune_trainer.step import StepResult, evaluate, train_step
+from finetune_trainer.step import Prepared, StepResult, evaluate, micro_batches, train_step
 
 SPEED_SMOOTHING = 0.2
 """Weight of the newest step in the step time that the ETA is computed from."""
@@ -48,6 +49,7 @@ class Training:
     device_facts: DeviceFacts
     step_seconds: float | None = None
     logged_at: float = 0.0
+    batches: Prefetcher[Prepared] | None = None
 
     def run(self) -> None:
         """Trains to the last step; at its end the newest checkpoint is the final state.
@@ -78,6 +80,8 @@ class Training:
         )
         self.status.beat(Activity.TRAINING, learning_rate=rate)
         ds.set_learning_rate(self.engine, rate)
+        if self.batches is None:
+            self.batches = micro_batches(self.engine, self.rows, self.world.device)
         result = train_step(
             self.engine,
             self.rows,
@@ -89,6 +93,8 @@ class Training:
             max_grad_norm=training.max_grad_norm,
             stop_requested=self.stop_requested,
             beat=self.status.beat,
+            batches=self.batches,
+            following=self.order.rows(step + 1) if step < self.order.total_steps else None,
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLossError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}")

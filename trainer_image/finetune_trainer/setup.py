@@ -90,6 +90,8 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
 
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
     """Tokenises on the first rank of each node; the others map its arrays."""
+    from finetune_trainer.kernels import pad_to
+
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
@@ -107,7 +109,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
             store = TokenStore.load(scratch / "data" / name)
             packing = training.packing
             samples = pack_rows(store.lengths, training.max_length) if packing else single_rows(len(store))
-            rows[name] = Rows(store, samples, packed=packing)
+            rows[name] = Rows(store, samples, packed=packing, pad_to=pad_to(spec, world.device))
             log.info("%s: %d samples in %d rows, %d tokens", name, len(store), len(samples), len(store.ids))
     return Data(tokenizer, rows["train"], rows["train"].store.digest(), rows.get("evaluation"))
 
@@ -115,6 +117,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     """Loads the model and wraps it."""
     from finetune_trainer import engine as ds
+    from finetune_trainer import kernels
     from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
 
@@ -124,8 +127,11 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")
     warn_of_slow_precision(world.device, spec.training.precision)
+    kernels.prepare(model, spec, world.device)
     world.wait_for_all("model loaded")
-    return ds.build_engine(model, spec, config)
+    engine = ds.build_engine(model, spec, config)
+    kernels.finish(engine, spec, world.device)
+    return engine
 
 
 def prepare_training(

@@ -182,4 +182,7 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         activation_checkpointing=training.activation_checkpointing,
         seed=training.seed,
         eval_every_steps=training.eval_every_steps,
+        attention=training.attention,
+        liger_kernel=training.liger_kernel,
+        compile=training.compile,
     )

@@ -30,6 +30,18 @@ class Batch:
     num_tokens: int
     """Without padding."""
     num_targets: int
+    sequence_lengths: Ints
+    """Lengths of the sequences that the rows consist of, row after row; together they cover every token. Padding is cut into
+    sequences of its own, none longer than the longest real one, so that it costs little where attention knows of lengths."""
+
+    @cached_property
+    def keep(self) -> torch.Tensor:
+        """Positions that some row learns from, found on the host: asking the device would wait for it.
+
+        Never empty: an empty row takes part so that the collectives of all ranks match.
+        """
+        found = np.flatnonzero((self.labels.numpy() != IGNORE).any(axis=0))
+        return torch.from_numpy(found if len(found) else np.zeros(1, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -40,6 +52,8 @@ class Rows:
     samples: list[Ints]
     """Sample indices of each row."""
     packed: bool
+    pad_to: int = 1
+    """Rows are padded to a multiple of so many tokens: compiled code and CUDA's allocator want few shapes."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -61,7 +75,7 @@ class Rows:
         return np.array([lengths[samples].sum() for samples in self.samples], dtype=np.int64)
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
-        """Collates rows, padded to the longest; an empty row is one padding token.
+        """Collates rows, padded to the longest (and to `pad_to`); an empty row is one padding token.
 
         Args:
             rows: row numbers; None for an empty row.
@@ -69,6 +83,9 @@ class Rows:
         samples = [() if row is None else self.samples[row] for row in rows]
         lengths = self.store.lengths
         width = max(1, max(int(sum(lengths[s] for s in row)) for row in samples))
+        width = -(-width // self.pad_to) * self.pad_to
+        longest = max((int(lengths[s]) for row in samples for s in row), default=1)
+        sequences: list[int] = []
         ids = np.zeros((len(rows), width), dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         positions = np.zeros((len(rows), width), dtype=np.int64)
@@ -83,7 +100,9 @@ class Rows:
                 labels[line, at : at + length - 1] = np.where(targets, tokens[1:], IGNORE)
                 positions[line, at : at + length] = np.arange(length)
                 at += length
+                sequences.append(length)
             positions[line, at:] = np.arange(width - at)
+            sequences.extend(min(longest, width - start) for start in range(at, width, longest))
             num_tokens += at
         return Batch(
             torch.from_numpy(ids),
@@ -92,4 +111,5 @@ class Rows:
             num_samples=sum(len(row) for row in samples),
             num_tokens=num_tokens,
             num_targets=int((labels != IGNORE).sum()),
+            sequence_lengths=np.array(sequences, dtype=np.int64),
         )
