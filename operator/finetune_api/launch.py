@@ -13,6 +13,7 @@ from finetune_api.deepspeed_config import DeepSpeedConfig
 from finetune_api.spec import (
     ActivationCheckpointing,
     AdapterVariant,
+    Attention,
     ColumnsSpec,
     DatasetFormat,
     Method,
@@ -142,6 +143,9 @@ class LaunchTraining(ApiModel):
     train_on_prompt: bool
     mask_history: bool
     group_by_length: bool
+    attention: Attention
+    liger_kernel: bool
+    compile: bool
 
 
 class LaunchDeepSpeed(ApiModel):

@@ -99,6 +99,16 @@ class QuantizationBits(IntEnum):
     EIGHT = 8
 
 
+class Attention(StrEnum):
+    AUTO = "Auto"
+    FLASH_ATTENTION_2 = "FlashAttention2"
+    FLASH_ATTENTION_3 = "FlashAttention3"
+    VARLEN = "Varlen"
+    SDPA = "SDPA"
+    FLEX = "Flex"
+    EAGER = "Eager"
+
+
 class Offload(StrEnum):
     NONE = "None"
     CPU = "CPU"
@@ -427,6 +437,14 @@ class TrainingSpec(ApiModel):
     """Learn only the last of the assistant's turns."""
     group_by_length: bool = False
     """Put rows of similar length into the same step: less padding, and a less random order."""
+    attention: Attention = Attention.AUTO
+    """Implementation of attention; packed samples never see each other with any of them. Auto takes the fastest that is exact
+    for the model and the device, and says so in the log. FlashAttention2 and 3 must be installed in the trainer image;
+    Varlen is PyTorch's own for rows of several samples."""
+    liger_kernel: bool = False
+    """Use Liger's kernels on GPUs: fused cross-entropy and, without `compile`, its norms, rotary embedding and SwiGLU."""
+    compile: bool = False
+    """Compile each decoder layer with `torch.compile`: the first steps take minutes, the others are faster."""
 
 
 class DeepSpeedSpec(ApiModel):
@@ -659,6 +677,11 @@ class FineTuneJobSpec(ApiModel):
                 "!has(self.training.evalEverySteps)"
                 " || (has(self.datasets.evaluation) && size(self.datasets.evaluation) > 0)",
                 "`training.evalEverySteps` needs a data set in `datasets.evaluation`",
+            ),
+            (
+                "!self.training.compile || self.deepspeed.zeroStage != 3",
+                "`training.compile` does not work with `deepspeed.zeroStage: 3`, which gathers weights between the"
+                " operations of a layer; use stage 0, 1 or 2, or leave `compile` out",
             ),
         )
     }

@@ -110,6 +110,14 @@ BAD: dict[str, Bad] = {
     "evaluation without data": Bad(
         "spec.datasets.evaluation", REMOVE, ("`training.evalEverySteps` needs a data set in `datasets.evaluation`",)
     ),
+    "unknown attention": Bad(
+        "spec.training.attention", "Flash", ("spec.training.attention", "FlashAttention2", "Varlen", "SDPA")
+    ),
+    "compile with ZeRO-3": Bad(
+        "spec",
+        {**GOOD["spec"], "training": {"compile": True}, "deepspeed": {"zeroStage": 3}},
+        ("`training.compile` does not work with `deepspeed.zeroStage: 3`",),
+    ),
     "negative seed": Bad("spec.training.seed", -1, ("spec.training.seed", "greater than or equal to 0")),
     "ZeRO 4": Bad("spec.deepspeed.zeroStage", 4, ("spec.deepspeed.zeroStage", "0", "1", "2", "3")),
     "offload without ZeRO": Bad(

@@ -77,6 +77,9 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
             "trainOnPrompt": False,
             "maskHistory": False,
             "groupByLength": False,
+            "attention": "Auto",
+            "ligerKernel": False,
+            "compile": False,
         },
         "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None", "config": None},
         "checkpoint": {

@@ -58,8 +58,9 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
         "MKL_NUM_THREADS": threads,
         "RAYON_NUM_THREADS": threads,
         "HF_HOME": str(cache / "huggingface"),
-        "TRITON_CACHE_DIR": str(cache / "triton"),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
+        # Beside the downloads, on a volume if the job has one for them: compiled code outlives the pod.
+        "TRITON_CACHE_DIR": str(Path(spec.cache_dir) / "compiled" / "triton"),
+        "TORCHINDUCTOR_CACHE_DIR": str(Path(spec.cache_dir) / "compiled" / "inductor"),
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
         "XDG_CACHE_HOME": str(cache),
     }

@@ -19,9 +19,10 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import NonFiniteLossError, TerminatedError, TrainerError
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
+from finetune_trainer.prefetch import Prefetcher
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.state import StateWriter
-from finetune_trainer.step import StepResult, evaluate, train_step
+from finetune_trainer.step import Prepared, StepResult, evaluate, micro_batches, train_step
 from finetune_trainer.tracking.background import Tracking
 
 SPEED_SMOOTHING = 0.2
@@ -64,6 +65,7 @@ class Training:
     tracking: Tracking
     step_seconds: float | None = None
     logged_at: float = 0.0
+    batches: Prefetcher[Prepared] | None = None
 
     def run(self) -> None:
         """Trains to the last step; at its end the newest checkpoint is the final state.
@@ -103,6 +105,8 @@ class Training:
         rate = learning_rate(step, self.order.total_steps, training)
         self.status.beat(Activity.TRAINING, learning_rate=rate)
         ds.set_learning_rate(self.engine, rate)
+        if self.batches is None:
+            self.batches = micro_batches(self.engine, self.rows, self.world.device)
         result = train_step(
             self.engine,
             self.rows,
@@ -114,6 +118,8 @@ class Training:
             max_grad_norm=training.max_grad_norm,
             stop_requested=self._must_leave,
             beat=self.status.beat,
+            batches=self.batches,
+            following=self.order.rows(step + 1) if step < self.order.total_steps else None,
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLossError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}")

@@ -99,6 +99,8 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
 
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
     """Tokenises on the first rank of each node, or finds it done in the cache; all ranks map the same arrays."""
+    from finetune_trainer.kernels import pad_to
+
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
@@ -121,7 +123,8 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
     for name in parts:
         folder = Path((where / f"{name}.path").read_text(encoding="utf-8"))
         store, metas[name] = TokenStore.load(folder), read_meta(folder)
-        rows[name] = Rows(store, make_rows(spec, name, store, metas[name]["reports"]), packed=training.packing)
+        samples = make_rows(spec, name, store, metas[name]["reports"])
+        rows[name] = Rows(store, samples, packed=training.packing, pad_to=pad_to(spec, world.device))
     order = make_order(spec, rows["train"], metas["train"]["reports"])
     padding = padding_share(rows["train"].row_lengths, order, training.micro_batch_size)
     report = {name: meta["reports"] for name, meta in metas.items()} | {"padding_share": round(padding, 6)}
@@ -141,6 +144,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     """Loads the model and wraps it."""
     from finetune_trainer import engine as ds
+    from finetune_trainer import kernels
     from finetune_trainer.deepspeed_block import check_block
     from finetune_trainer.device import warn_of_slow_precision
     from finetune_trainer.quirks import tame_deepspeed
@@ -155,8 +159,11 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
     log.info("%s parameters are trained", f"{trainable:,}")
     warn_of_slow_precision(world.device, spec.training.precision)
+    kernels.prepare(model, spec, world.device)
     world.wait_for_all("model loaded")
-    return ds.build_engine(model, spec, config)
+    engine = ds.build_engine(model, spec, config)
+    kernels.finish(engine, spec, world.device)
+    return engine
 
 
 def prepare_training(

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from finetune_trainer import engine as ds
-from finetune_trainer.data.batches import IGNORE, Batch, Rows
+from finetune_trainer.data.batches import Batch, Rows
 from finetune_trainer.data.order import hash64
 from finetune_trainer.distributed import World
+from finetune_trainer.inputs import Inputs, inputs_of
+from finetune_trainer.kernels import kernels_of
+from finetune_trainer.losses import cross_entropy_sum
+from finetune_trainer.prefetch import Prefetcher
 
 
 @dataclass(frozen=True)
@@ -36,20 +39,44 @@ class StepResult:
 
 
 def loss_sum(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the token losses of a micro-batch, a float32 scalar.
+    """Sum of the token losses of a micro-batch, a float32 scalar."""
+    by_layout = kernels_of(model).attention.by_layout
+    return loss_of(model, inputs_of(batch, by_layout=by_layout).to(device))
+
+
+def loss_of(model: Any, inputs: Inputs) -> torch.Tensor:
+    """The same from inputs that are on the device.
 
     The head is applied only at positions that some row of the batch learns from: with masked prompts that is often less than
     half of a large matrix product.
     """
-    labels = batch.labels.to(device)
-    keep = (labels != IGNORE).any(dim=0).nonzero().flatten()
-    if keep.numel() == 0:  # an empty row takes part so that the collectives of all ranks match
-        keep = torch.zeros(1, dtype=torch.int64, device=device)
-    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
-    output = model(input_ids=batch.input_ids.to(device), use_cache=False, logits_to_keep=keep, **positions)
-    return F.cross_entropy(
-        output.logits.float().flatten(0, 1), labels[:, keep].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    head = kernels_of(model).head
+    if head is None:
+        return cross_entropy_sum(model(**inputs.arguments).logits, inputs.targets)
+    with head.computing(inputs.targets):
+        loss: torch.Tensor = model(**inputs.arguments).logits.view(())
+    return loss
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A micro-batch, ready to be sent to the device."""
+
+    inputs: Inputs
+    num_samples: int
+    num_tokens: int
+
+
+def micro_batches(engine: Any, rows: Rows, device: torch.device) -> Prefetcher[Prepared]:
+    """Micro-batches of some rows, one of them built ahead; on CUDA in page-locked memory."""
+    by_layout = kernels_of(engine).attention.by_layout
+
+    def build(wanted: Sequence[int | None]) -> Prepared:
+        batch = rows.batch(wanted)
+        inputs = inputs_of(batch, by_layout=by_layout)
+        return Prepared(inputs.pinned() if device.type == "cuda" else inputs, batch.num_samples, batch.num_tokens)
+
+    return Prefetcher(build)
 
 
 def train_step(
@@ -64,6 +91,8 @@ def train_step(
     max_grad_norm: float,
     stop_requested: Callable[[], bool],
     beat: Callable[[], None],
+    batches: Prefetcher[Prepared] | None = None,
+    following: Sequence[int | None] | None = None,
 ) -> StepResult:
     """Forward, backward and update on one global batch; all ranks call it.
 
@@ -78,26 +107,36 @@ def train_step(
         max_grad_norm: 0 for no clipping.
         stop_requested: whether this pod was asked to leave.
         beat: sign of life, called for each micro-batch.
+        batches: builds micro-batches ahead, from step to step.
+        following: the rows of the next step.
     """
     share = len(batch_rows) // world.size
     first = world.rank * share
+    batches = batches or micro_batches(engine, rows, world.device)
+    wanted = [batch_rows[at : at + micro_batch_size] for at in range(first, first + share, micro_batch_size)]
+    ahead = [*wanted[1:], None if following is None else following[first : first + micro_batch_size]]
     # DeepSpeed averages gradients over ranks; the factor `world.size` turns its mean into a sum.
     scale = world.size / max(1, rows.targets_in(batch_rows))
-    total, num_samples, num_tokens, wait = 0.0, 0, 0, 0.0
-    for at in range(first, first + share, micro_batch_size):
+    num_samples, num_tokens, wait = 0, 0, 0.0
+    losses = []
+    for index, at in enumerate(range(first, first + share, micro_batch_size)):
         started = time.perf_counter()
-        batch = rows.batch(batch_rows[at : at + micro_batch_size])
+        batch = batches.take(wanted[index], ahead[index])
         wait += time.perf_counter() - started
         torch.manual_seed(hash64(seed, step, at))  # dropout depends on the rows, not on the rank that has them
-        loss = loss_sum(engine, batch, world.device)
+        loss = loss_of(engine, batch.inputs.to(world.device))
         engine.backward(loss * scale, scale_wrt_gas=False)
         if at + micro_batch_size < first + share:
             engine.step()  # only counts the micro-batch
         else:
             grad_norm = ds.step(engine, max_grad_norm)
-        total += loss.item()
+        losses.append(loss.detach())
         num_samples, num_tokens = num_samples + batch.num_samples, num_tokens + batch.num_tokens
         beat()
+    # Read once, after the step: until here the host only hands out work, and the device never waits for it.
+    total = 0.0
+    for value in torch.stack(losses).tolist():
+        total += value  # one after the other in float64; `sum` compensates from Python 3.12 on
     loss_total, samples, tokens, stops = world.sum([total, num_samples, num_tokens, float(stop_requested())])
     return StepResult(
         loss=loss_total / max(1, rows.targets_in(batch_rows)),

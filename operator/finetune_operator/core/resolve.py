@@ -255,6 +255,9 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         train_on_prompt=training.train_on_prompt,
         mask_history=training.mask_history,
         group_by_length=training.group_by_length,
+        attention=training.attention,
+        liger_kernel=training.liger_kernel,
+        compile=training.compile,
     )
 
 

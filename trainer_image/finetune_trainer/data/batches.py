@@ -31,6 +31,18 @@ class Batch:
     num_tokens: int
     """Without padding."""
     num_targets: int
+    sequence_lengths: Ints
+    """Lengths of the sequences that the rows consist of, row after row; together they cover every token. Padding is cut into
+    sequences of its own, none longer than the longest real one, so that it costs little where attention knows of lengths."""
+
+    @cached_property
+    def keep(self) -> torch.Tensor:
+        """Positions that some row learns from, found on the host: asking the device would wait for it.
+
+        Never empty: an empty row takes part so that the collectives of all ranks match.
+        """
+        found = np.flatnonzero((self.labels.numpy() != IGNORE).any(axis=0))
+        return torch.from_numpy(found if len(found) else np.zeros(1, dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,8 @@ class Rows:
     samples: SampleRows
     """Sample indices of each row."""
     packed: bool
+    pad_to: int = 1
+    """Rows are padded to a multiple of so many tokens: compiled code and CUDA's allocator want few shapes."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -60,14 +74,18 @@ class Rows:
         return self.samples.sums(self.store.lengths)
 
     def batch(self, rows: Sequence[int | None]) -> Batch:
-        """Collates rows, padded to the longest; an empty row is one padding token.
+        """Collates rows, padded to the longest (and to `pad_to`); an empty row is one padding token.
 
         Args:
             rows: row numbers; None for an empty row.
         """
         samples = [() if row is None else self.samples[row] for row in rows]
         offsets = self.store.offsets
-        width = max(1, max(sum(int(offsets[s + 1] - offsets[s]) for s in row) for row in samples))
+        lengths = [[int(offsets[s + 1] - offsets[s]) for s in row] for row in samples]
+        width = max(1, *(sum(row) for row in lengths))
+        width = -(-width // self.pad_to) * self.pad_to
+        longest = max((length for row in lengths for length in row), default=1)
+        sequences: list[int] = []
         ids = np.zeros((len(rows), width), dtype=np.int64)
         labels = np.full((len(rows), width), IGNORE, dtype=np.int64)
         positions = np.zeros((len(rows), width), dtype=np.int64)
@@ -83,7 +101,9 @@ class Rows:
                 labels[line, at : at + length - 1] = np.where(targets, tokens[1:], IGNORE)
                 positions[line, at : at + length] = np.arange(length)
                 at += length
+                sequences.append(length)
             positions[line, at:] = np.arange(width - at)
+            sequences.extend(min(longest, width - start) for start in range(at, width, longest))
             num_tokens += at
         return Batch(
             torch.from_numpy(ids),
@@ -92,4 +112,5 @@ class Rows:
             num_samples=sum(len(row) for row in samples),
             num_tokens=num_tokens,
             num_targets=int((labels != IGNORE).sum()),
+            sequence_lengths=np.array(sequences, dtype=np.int64),
         )

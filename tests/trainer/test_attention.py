@@ -1,0 +1,247 @@
+"""Attention: every implementation that runs here isolates packed samples, and what cannot be exact is refused with words."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from finetune_api.launch import LaunchDataset, PathSource
+from finetune_api.spec import Attention, DatasetFormat
+from finetune_trainer import kernels
+from finetune_trainer.attention import Choice, choose, flash, layout_arguments, plain_attention, use, varlen
+from finetune_trainer.data.batches import IGNORE, Rows
+from finetune_trainer.data.packing import pack_rows, single_rows
+from finetune_trainer.data.store import TokenStore, build_store
+from finetune_trainer.data.tokenize import Encoder
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.step import loss_sum
+from tests.trainer import tiny
+from tests.trainer.conftest import Assets, StartPod
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+ON_CPU = [Attention.SDPA, Attention.EAGER, Attention.VARLEN]
+
+
+@pytest.fixture(scope="module")
+def store(assets: Assets) -> TokenStore:
+    dataset = LaunchDataset(
+        uri="x", source=PathSource(path=str(assets.train)), format=DatasetFormat.AUTO, max_samples=None
+    )
+    return build_store([(dataset, assets.train)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
+
+
+def model_with(assets: Assets, attention: Attention, **config: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    kind = AutoConfig.for_model(config.pop("model_type"), **config) if "model_type" in config else None
+    if kind is None:
+        model = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32)
+    else:
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind)
+    choice = choose(attention, model, CPU, torch.float32)
+    use(model, choice)
+    model.finetune_kernels = kernels.Kernels(choice)
+    return model.eval()
+
+
+def sliding(assets: Assets, attention: Attention) -> Any:
+    """A model whose tokens see 8 tokens: less than a sample."""
+    return model_with(
+        assets,
+        attention,
+        model_type="mistral",
+        vocab_size=320,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        sliding_window=8,
+    )
+
+
+@pytest.mark.parametrize("make", [model_with, sliding], ids=["llama", "sliding-window"])
+@pytest.mark.parametrize("attention", ON_CPU)
+def test_packed_loss_equals_separate_losses(store: TokenStore, assets: Assets, attention: Attention, make: Any) -> None:
+    model = make(assets, attention)
+    rows = Rows(store, pack_rows(store.lengths, 120), packed=True)
+    padded = Rows(store, rows.samples, packed=True, pad_to=160)
+    alone = Rows(store, single_rows(len(store)), packed=False)
+    chosen = [row for row in range(len(rows)) if len(rows.samples[row]) > 1][:3]
+    with torch.no_grad():
+        packed = loss_sum(model, rows.batch(chosen), CPU).item()
+        wide = loss_sum(model, padded.batch([*chosen, None]), CPU).item()
+        separate = sum(loss_sum(model, alone.batch([int(s)]), CPU).item() for row in chosen for s in rows.samples[row])
+        together = loss_sum(model, alone.batch([int(s) for row in chosen for s in rows.samples[row]]), CPU).item()
+    reference = make(assets, Attention.SDPA)
+    with torch.no_grad():
+        theirs = sum(
+            loss_sum(reference, alone.batch([int(s)]), CPU).item() for row in chosen for s in rows.samples[row]
+        )
+    assert [packed, wide, together, separate] == pytest.approx([theirs] * 4, rel=2e-6)
+
+
+@pytest.mark.parametrize("attention", ON_CPU)
+def test_loss_and_gradient_are_those_of_transformers(store: TokenStore, assets: Assets, attention: Attention) -> None:
+    """A padded batch, against the library's own way: its default attention, an attention mask and unshifted labels."""
+    from transformers import AutoModelForCausalLM
+
+    rows = Rows(store, single_rows(len(store)), packed=False)
+    lengths = store.lengths[:4].tolist()
+    ids = torch.full((4, max(lengths)), 2)
+    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        part = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
+        ids[row, :length] = torch.tensor(store.ids[part])
+        mask[row, :length] = 1
+        labels[row, :length] = torch.where(torch.tensor(store.targets[part]), ids[row, :length], IGNORE)
+    theirs = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32)
+    ours = model_with(assets, attention)
+    expected = theirs(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss
+    loss = loss_sum(ours, rows.batch(list(range(4))), CPU) / rows.targets_in(list(range(4)))
+    expected.backward()
+    loss.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for (name, a), b in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_layout_covers_the_batch_and_its_longest_is_true() -> None:
+    arguments = layout_arguments(np.array([3, 5, 1]))
+    assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 8, *[9] * 13]
+    assert arguments["cu_seq_lens_q"] is arguments["cu_seq_lens_k"] and arguments["cu_seq_lens_q"].dtype == torch.int32
+    assert arguments["max_length_q"] == arguments["max_length_k"] == 5
+    assert len(layout_arguments(np.ones(16, dtype=np.int64))["cu_seq_lens_q"]) == 32
+
+
+def test_a_forward_pass_without_layout_is_refused_but_generation_has_a_way(assets: Assets) -> None:
+    model = model_with(assets, Attention.VARLEN)
+    ids = torch.arange(5, 11).unsqueeze(0)
+    with pytest.raises(RuntimeError, match="plain_attention"):
+        model(input_ids=ids)
+    with plain_attention(model):
+        made = model.generate(ids, max_new_tokens=3, do_sample=False, pad_token_id=2)
+    assert made.shape == (1, 9)
+    assert model.config._attn_implementation == "finetune_varlen"
+
+
+GEMMA2: dict[str, Any] = {"model_type": "gemma2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
+                          "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wanted", "config", "says"),
+    [
+        (
+            Attention.FLASH_ATTENTION_2,
+            {},
+            "FlashAttention2 needs an NVIDIA GPU; possible here: Auto, Varlen, SDPA, Eager",
+        ),
+        (Attention.FLASH_ATTENTION_3, {}, "FlashAttention3 needs an NVIDIA GPU"),
+        (Attention.FLEX, {}, "Flex trains on GPUs only"),
+        (Attention.VARLEN, GEMMA2, "cannot cap attention scores"),
+        (Attention.SDPA, GEMMA2, "is not known to this model; possible here: Auto, Eager"),
+        (Attention.VARLEN, {"attention_dropout": 0.1}, "the model's attention_dropout is 0.1"),
+        (Attention.VARLEN, {"attention_chunk_size": 4}, "chunked attention"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(assets: Assets, wanted: Attention, config: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=f"training.attention: .*{says}"):
+        model_with(assets, wanted, **(config if "model_type" in config else {"model_type": "llama", "hidden_size": 32,
+                   "num_attention_heads": 4, "num_hidden_layers": 1, "vocab_size": 64, **config}))  # fmt: skip
+
+
+def test_auto_takes_the_first_that_is_exact_and_says_why(assets: Assets, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.bfloat16)
+    auto = Attention.AUTO
+    assert choose(auto, model, CPU, torch.float32).name is Attention.SDPA
+    monkeypatch.setattr(flash, "why_not", lambda version: f"needs {version}")
+    monkeypatch.setattr(varlen, "why_not", lambda: None)
+    on_gpu = choose(auto, model, CUDA, torch.bfloat16)
+    assert on_gpu.name is Attention.VARLEN and on_gpu.by_layout
+    assert str(on_gpu) == (
+        "attention: Varlen (Auto: the fastest that is exact here; FlashAttention3 needs 3; FlashAttention2 needs 2)"
+    )
+    assert choose(auto, model, CUDA, torch.float32).name is Attention.SDPA, "kernels of layouts compute in BF16"
+    monkeypatch.setattr(flash, "why_not", lambda version: None if version == 2 else "is missing")
+    assert choose(auto, model, CUDA, torch.bfloat16).name is Attention.FLASH_ATTENTION_2
+    assert (
+        choose(auto, model_with(assets, Attention.EAGER, **GEMMA2), CUDA, torch.bfloat16).name
+        is Attention.FLASH_ATTENTION_2
+    )
+
+
+def call_of_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Any, window: int | None) -> dict[str, Any]:
+    """What a kernel's library function is called with."""
+    seen: dict[str, Any] = {}
+
+    def record(*tensors: Any, **options: Any) -> torch.Tensor:
+        seen.update(options, positional=tensors)
+        return torch.zeros(6, 4, 8)
+
+    monkeypatch.setattr(varlen, "_varlen_attn", record)
+    monkeypatch.setattr(flash, "_FUNCTIONS", {2: record, 3: record})
+    from finetune_trainer.attention.sequences import Sequences
+
+    boundaries = torch.tensor([0, 2, 6, 6], dtype=torch.int32)
+    query, key = torch.zeros(6, 4, 8), torch.zeros(6, 2, 8)
+    kernel(query, key, key, Sequences(boundaries, 4, 0.25, window, None, 0.0))
+    return seen
+
+
+@pytest.mark.parametrize(("window", "bounds"), [(None, (-1, 0)), (3, (2, 0)), (4, (-1, 0))])
+def test_varlen_is_called_as_documented(monkeypatch: pytest.MonkeyPatch, window: int | None, bounds: Any) -> None:
+    import inspect
+
+    from torch.nn.attention.varlen import varlen_attn
+
+    signature = inspect.signature(varlen_attn)
+    seen = call_of_kernel(monkeypatch, varlen.kernel, window)
+    positional = seen.pop("positional")
+    bound = signature.bind(*positional, **seen)  # the installed version takes it
+    assert bound.arguments["window_size"] == bounds and bound.arguments["scale"] == 0.25
+    assert bound.arguments["enable_gqa"] is True and bound.arguments["max_q"] == 4
+    assert bound.arguments["cu_seq_q"] is bound.arguments["cu_seq_k"]
+
+
+@pytest.mark.parametrize("kernel", [flash.kernel_2, flash.kernel_3])
+def test_flash_attention_is_causal_and_deterministic(monkeypatch: pytest.MonkeyPatch, kernel: Any) -> None:
+    seen = call_of_kernel(monkeypatch, kernel, 3)
+    assert seen["causal"] is True and seen["deterministic"] is True and seen["window_size"] == (2, 0)
+    assert seen["max_seqlen_q"] == 4 and seen["softmax_scale"] == 0.25 and "softcap" not in seen
+
+
+def test_a_job_with_varlen_trains_as_with_sdpa(start: StartPod, tmp_path: Path) -> None:
+    packed = {"training__precision": "FP32", "training__packing": True, "training__maxLength": 128}
+    pods = [start(tmp_path / name, **packed, training__attention=name) for name in ("Varlen", "Auto")]
+    reports = [pod.done() for pod in pods]
+    assert reports[0]["evalLoss"] == pytest.approx(reports[1]["evalLoss"], rel=1e-4)
+    assert "attention: Varlen (as the job says)" in pods[0].log
+    assert "attention: SDPA (Auto: the fastest that is exact here)" in pods[1].log
+    assert "cross-entropy: fused with the head" in pods[0].log
+
+
+def test_an_attention_that_is_not_there_ends_the_job_with_words(start: StartPod) -> None:
+    pod = start(training__attention="FlashAttention2")
+    assert pod.wait() != 0
+    assert pod.report["reason"] == "ConfigError"
+    assert "training.attention: FlashAttention2 needs an NVIDIA GPU; possible here: Auto" in pod.report["message"]
+
+
+def test_choice_names_are_registered(assets: Assets) -> None:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    model_with(assets, Attention.VARLEN)
+    for name in (
+        Attention.VARLEN,
+        Attention.FLASH_ATTENTION_2,
+        Attention.FLASH_ATTENTION_3,
+        Attention.SDPA,
+        Attention.FLEX,
+    ):
+        assert Choice(name, "").implementation in ALL_ATTENTION_FUNCTIONS

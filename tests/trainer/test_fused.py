@@ -1,0 +1,227 @@
+"""Fused arithmetic against the plain: the head's cross-entropy, LoRA's products, compiled layers, prefetching."""
+
+import copy
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune_trainer import compile as regional
+from finetune_trainer import kernels, lora_linear, losses
+from finetune_trainer.inputs import Inputs
+from finetune_trainer.losses import FusedHead, cross_entropy_sum, linear_cross_entropy
+from finetune_trainer.prefetch import Prefetcher
+from tests.trainer import jobs
+from tests.trainer.conftest import Assets, StartPod
+
+IDS = torch.arange(4, 40).view(2, 18)
+
+
+def with_grad(*shape: int, dtype: torch.dtype = torch.float32, grad: bool = True) -> torch.Tensor:
+    return torch.randn(*shape).to(dtype).requires_grad_(grad)
+
+
+@pytest.mark.parametrize("train_head", [True, False], ids=["full", "frozen-head"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_chunked_cross_entropy_is_the_plain_one(dtype: torch.dtype, train_head: bool) -> None:
+    torch.manual_seed(0)
+    hidden, weight = with_grad(2, 17, 8, dtype=dtype), with_grad(50, 8, dtype=dtype, grad=train_head)
+    targets = torch.randint(0, 50, (2, 17))
+    targets[0, 3:7] = losses.IGNORE
+    plain = linear_cross_entropy(hidden, weight, targets)
+    inputs = [hidden, weight] if train_head else [hidden]
+    expected = torch.autograd.grad(plain * 0.25, inputs)
+    chunked = linear_cross_entropy(hidden, weight, targets, chunk_bytes=5 * 50 * 4)
+    got = torch.autograd.grad(chunked * 0.25, inputs)
+    assert chunked.dtype == torch.float32 and chunked.item() == pytest.approx(plain.item(), rel=1e-6)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * 0.1)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, chunk_bytes=1).item() == pytest.approx(
+            plain.item(), rel=1e-6
+        )
+
+
+def llama(assets: Assets) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32)
+
+
+def trial(model: Any) -> FusedHead | None:
+    zeros = torch.zeros((1, 2), dtype=torch.int64)
+    arguments = {"input_ids": zeros, "use_cache": False, "logits_to_keep": torch.tensor([0, 1])}
+    return losses.install(model, model, arguments, zeros, liger=False)
+
+
+def test_a_head_that_computes_losses_changes_no_bit(assets: Assets) -> None:
+    keep, targets = torch.arange(3, 17), IDS[:, 4:].contiguous()
+    grads = []
+    for fuse in (False, True):
+        model = llama(assets)
+        head = trial(model) if fuse else None
+        inputs = Inputs({"input_ids": IDS, "use_cache": False, "logits_to_keep": keep}, targets)
+        if head is None:
+            loss = cross_entropy_sum(model(**inputs.arguments).logits, targets)
+        else:
+            with head.computing(targets):
+                loss = model(**inputs.arguments).logits.view(())
+            assert model(input_ids=IDS).logits.shape == (2, 18, model.config.vocab_size), "an ordinary head again"
+        (loss * 0.1).backward()
+        grads.append([loss.detach(), *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "extra"),
+    [
+        ("gemma2", {"final_logit_softcapping": 5.0, "head_dim": 8}),
+        ("cohere", {"logit_scale": 0.5}),
+        ("granite", {"logits_scaling": 4.0}),
+    ],
+)
+def test_models_that_change_their_logits_take_the_plain_path(
+    kind: str, extra: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0}  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes, **extra))
+    caplog.set_level("INFO", logger="finetune_trainer")
+    assert trial(model) is None
+    assert f"from all logits ({type(model).__name__} changes them after its head)" in caplog.text
+    assert model(input_ids=torch.zeros((1, 3), dtype=torch.int64)).logits.shape == (1, 3, 64)
+
+
+def lora(assets: Assets, dtype: torch.dtype = torch.float32, dropout: float = 0.0, layers: int = 2) -> Any:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(1)
+    config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets.model, num_hidden_layers=layers))
+    model = get_peft_model(base.to(dtype), config, autocast_adapter_dtype=False)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def gradients(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
+    loss = model(input_ids=ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
+def test_adapters_in_place_compute_what_peft_computes(assets: Assets, dtype: torch.dtype, rtol: float) -> None:
+    plain = lora(assets, dtype)
+    fused = copy.deepcopy(plain)
+    names = [name for name, _ in fused.named_parameters()]
+    assert lora_linear.install(fused) is True
+    assert [name for name, _ in fused.named_parameters()] == names
+    expected, got = gradients(plain), gradients(fused)
+    assert len(got) == 1 + 2 * 7 * 2
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
+    with fused.disable_adapter(), plain.disable_adapter(), torch.no_grad():
+        assert torch.equal(fused(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_adapters_save_less_for_the_backward_pass(assets: Assets) -> None:
+    def saved(model: Any) -> int:
+        sizes: dict[tuple[int, int], int] = {}
+        own = {p.data_ptr() for p in model.parameters()}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            if tensor.untyped_storage().data_ptr() not in own:
+                sizes[tensor.untyped_storage().data_ptr(), tensor._version] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = model(input_ids=IDS, labels=IDS, use_cache=False).loss
+        total = sum(sizes.values())
+        del loss
+        return total
+
+    plain = lora(assets)
+    fused = copy.deepcopy(plain)
+    lora_linear.install(fused)
+    assert saved(fused) <= saved(plain)
+
+
+@pytest.mark.parametrize("change", ["dropout", "dora"])
+def test_other_adapters_keep_pefts_way(assets: Assets, change: str) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    if change == "dropout":
+        model = lora(assets, dropout=0.5)
+    else:
+        model = get_peft_model(llama(assets), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
+    assert lora_linear.install(model) is False
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Assets) -> None:
+    """With the compiler's front and autograd's tracing; only the code generator is left out."""
+    model = lora(assets, layers=4)
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    model.train()
+    expected = gradients(copy.deepcopy(model))
+    lora_linear.install(model)
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    assert regional.compile_layers(kernels.unwrap(model), whole=True, backend=compiler) == 4
+    for a, b in zip(gradients(model), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+    assert len(graphs) == 2, "one for the first layer, whose input needs no gradient, and one for all others"
+
+
+def test_a_prefetched_batch_is_the_one_that_was_asked_for() -> None:
+    built: list[list[Any]] = []
+
+    def build(rows: Sequence[int | None]) -> list[Any]:
+        built.append(list(rows))
+        if 13 in rows:
+            raise ValueError("13")
+        return list(rows)
+
+    batches = Prefetcher(build)
+    assert batches.take([1, 2], [3, None]) == [1, 2]
+    assert batches.take([3, None], [5]) == [3, None]
+    assert batches.take([7], [13]) == [7], "another than was announced"
+    with pytest.raises(ValueError, match="13"):
+        batches.take([13], None)
+    assert sorted(map(str, built)) == sorted(map(str, [[1, 2], [3, None], [5], [7], [13]]))
+
+
+def test_liger_on_a_cpu_says_that_it_does_nothing(start: StartPod, tmp_path: Path) -> None:
+    pods = [start(tmp_path / str(on), training__ligerKernel=on, training__maxSteps=2) for on in (True, False)]
+    reports = [pod.done() for pod in pods]
+    assert "ligerKernel: Liger's kernels are for GPUs" in pods[0].log
+    assert reports[0]["evalLoss"] == reports[1]["evalLoss"]
+
+
+def test_compile_with_zero3_is_refused(start: StartPod) -> None:
+    pod = start(training__compile=True, deepspeed__zeroStage=3)
+    assert pod.wait() != 0 and "training.compile: does not work with deepspeed.zeroStage 3" in json.dumps(pod.report)
+
+
+def test_the_compile_cache_is_beside_the_downloads(tmp_path: Path, assets: Assets) -> None:
+    from finetune_api.launch import LaunchSpec
+    from finetune_trainer.gang import rank_environment
+
+    spec = LaunchSpec.model_validate(jobs.launch(tmp_path, assets.model, assets.train))
+    environment = rank_environment(spec, 0, 0, tmp_path / "scratch")
+    assert environment["TORCHINDUCTOR_CACHE_DIR"].startswith(spec.cache_dir)
+    assert environment["TRITON_CACHE_DIR"].startswith(spec.cache_dir)
