@@ -11,6 +11,7 @@ from pydantic import Field
 from finetune_api.base import ApiModel
 from finetune_api.spec import (
     ActivationCheckpointing,
+    BenchmarkName,
     DatasetFormat,
     Method,
     Offload,
@@ -103,6 +104,25 @@ class LaunchCheckpoint(ApiModel):
     on_termination: bool
 
 
+class LaunchBenchmark(ApiModel):
+    uri: str
+    """As the user wrote it, for messages."""
+    source: PathSource | HubSource = Field(discriminator="kind")
+    benchmark: BenchmarkName
+    max_samples: int | None
+    """Use only so many problems, from the start."""
+
+
+class LaunchGeneration(ApiModel):
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+    k: list[int]
+    timeout_seconds: int
+
+
 class JobIdentity(ApiModel):
     namespace: str
     name: str
@@ -144,6 +164,9 @@ class LaunchSpec(ApiModel):
     checkpoint: LaunchCheckpoint
     output_dir: str
     cache_dir: str
+    benchmarks: list[LaunchBenchmark]
+    generation: LaunchGeneration
+    """Of programs for `benchmarks`."""
 
     @property
     def world_size(self) -> int:

@@ -77,6 +77,18 @@ class ZeroStage(IntEnum):
     PARAMETERS = 3
 
 
+class BenchmarkName(StrEnum):
+    HUMAN_EVAL = "HumanEval"
+    MBPP = "MBPP"
+
+
+class EvaluationMetric(StrEnum):
+    EVAL_LOSS = "EvalLoss"
+    TOKEN_ACCURACY = "TokenAccuracy"
+    HUMAN_EVAL_PASS_AT_1 = "HumanEvalPassAt1"
+    MBPP_PASS_AT_1 = "MBPPPassAt1"
+
+
 class SecretKeyRef(ApiModel):
     name: ResourceName
     """Secret in the job's namespace."""
@@ -128,11 +140,39 @@ class DatasetSpec(ApiModel):
     """Token for an `hf://` data set that is private or gated."""
 
 
+class EvaluationDatasetSpec(DatasetSpec):
+    model_config = {
+        "json_schema_extra": rules(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
+            ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+            (
+                "!has(self.benchmark) || self.format == 'Auto'",
+                "`format` is for held-out data; remove it: a `benchmark`'s problems have a layout of their own",
+            ),
+        )
+    }
+
+    benchmark: BenchmarkName | None = None
+    """The records are this benchmark's problems: the model writes programs, which are run in a sandbox, and pass@k is
+    measured (see `evaluation.generation`). Absent: held-out data."""
+
+
 class DatasetsSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "!has(self.evaluation) || ['HumanEval', 'MBPP'].all(name,"
+                " self.evaluation.filter(e, has(e.benchmark) && e.benchmark == name).size() <= 1)",
+                "each `benchmark` may stand in `evaluation` once",
+            ),
+        )
+    }
+
     train: Annotated[list[DatasetSpec], Field(min_length=1, max_length=16)]
     """Data sets to train on, mixed record by record."""
-    evaluation: Annotated[list[DatasetSpec], Field(max_length=16)] = []
-    """Held-out data sets: their loss is measured before the first step, every `training.evalEverySteps` and at the end."""
+    evaluation: Annotated[list[EvaluationDatasetSpec], Field(max_length=16)] = []
+    """Held-out data sets, whose loss is measured, and benchmarks, whose programs are run: before the first step, every
+    `training.evalEverySteps` and at the end."""
 
 
 class AdapterSpec(ApiModel):
@@ -327,6 +367,38 @@ class CacheSpec(ApiModel):
     """Folder for `hf://` downloads, shared by jobs; each file is downloaded once."""
 
 
+class GenerationSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "self.samples == 1 || double(self.temperature) > 0.0",
+                "`samples` above 1 need a `temperature` above 0, else all samples of a problem are the same",
+            ),
+            ("self.k.all(k, k <= self.samples)", "each of `k` must be at most `samples`"),
+        )
+    }
+
+    samples: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Programs that are generated for each problem."""
+    temperature: NonNegativeDecimal = "0"
+    """0 takes the likeliest token; above, tokens are drawn."""
+    top_p: PositiveDecimal = "1"
+    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768)] = 512
+    """Length of one answer at most."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Answers that one rank generates at the same time."""
+    k: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1, max_length=8)] = [1]
+    """pass@k is reported for each."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=600)] = 5
+    """CPU time of one program; it is given up after four times as much wall-clock time."""
+
+
+class EvaluationSpec(ApiModel):
+    generation: GenerationSpec = GenerationSpec()
+    """How programs for benchmarks are generated and run."""
+
+
 IMMUTABLE = (
     "model",
     "datasets",
@@ -339,6 +411,7 @@ IMMUTABLE = (
     "output",
     "cache",
     "managedBy",
+    "evaluation",
 )
 """What may not change once the job exists: another value would be another run."""
 
@@ -400,3 +473,5 @@ class FineTuneJobSpec(ApiModel):
     """The job is Failed when it has been active so long (suspension does not count)."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
     """The job and its pods are deleted so long after it finished; checkpoints and output stay."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """How benchmarks are evaluated."""

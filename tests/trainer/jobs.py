@@ -63,6 +63,16 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
         "checkpoint": {"dir": str(folder / "checkpoints"), "everySteps": 2, "keep": 2, "onTermination": True},
         "outputDir": str(folder / "output"),
         "cacheDir": str(folder / "cache"),
+        "benchmarks": [],
+        "generation": {
+            "samples": 1,
+            "temperature": 0.0,
+            "topP": 1.0,
+            "maxNewTokens": 16,
+            "batchSize": 4,
+            "k": [1],
+            "timeoutSeconds": 5,
+        },
     }
     spec["model"]["chatTemplate"] = None
     for path, value in changes.items():

@@ -48,12 +48,24 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError("training: exactly one of `epochs` and `maxSteps` must be set")
     if (spec.method == "LoRA") != (spec.adapter is not None):
         raise ConfigError("adapter: must be set for method LoRA and absent for method Full")
-    if training.eval_every_steps is not None and not spec.evaluation:
+    if training.eval_every_steps is not None and not (spec.evaluation or spec.benchmarks):
         raise ConfigError("training.evalEverySteps: needs a data set in datasets.evaluation")
     if spec.deepspeed.offload_optimizer == "CPU" and spec.deepspeed.zero_stage < 1:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
     if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
+    _check_evaluation(spec)
+
+
+def _check_evaluation(spec: LaunchSpec) -> None:
+    generation = spec.generation
+    if generation.samples > 1 and generation.temperature == 0:
+        raise ConfigError("evaluation.generation.temperature: must be above 0 for `samples` above 1")
+    if max(generation.k) > generation.samples:
+        raise ConfigError(f"evaluation.generation.k: each must be at most `samples` = {generation.samples}")
+    names = [benchmark.benchmark for benchmark in spec.benchmarks]
+    if len(names) != len(set(names)):
+        raise ConfigError("datasets.evaluation: each `benchmark` may stand there once")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:

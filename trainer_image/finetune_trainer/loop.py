@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.reports import Activity
@@ -16,6 +16,7 @@ from finetune_trainer.data.order import RowOrder
 from finetune_trainer.device import DeviceFacts
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import NonFiniteLossError, TerminatedError
+from finetune_trainer.evaluation.benchmark import Benchmarks
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.schedule import learning_rate
@@ -38,6 +39,7 @@ class Training:
     engine: Any
     rows: Rows
     eval_rows: Rows | None
+    benchmarks: Benchmarks | None
     order: RowOrder
     checkpoints: Checkpoints
     progress: Progress
@@ -141,31 +143,50 @@ class Training:
         return step == self.order.total_steps or (step > 0 and every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        step = self.progress.step
-        if self.eval_rows is None:
-            self.progress.last_eval_step = step
-            return
-        self.status.beat(Activity.EVALUATING)
-        loss = evaluate(
+        """Measures everything at this step and only then takes note: an evaluation that is cut short is done again."""
+        step, progress = self.progress.step, self.progress
+        values: dict[str, float] = {}
+        if self.eval_rows is not None or self.benchmarks is not None:
+            self.status.beat(Activity.EVALUATING)
+        if self.eval_rows is not None:
+            values |= self._held_out(self.eval_rows, step)
+        if self.benchmarks is not None:
+            scores = self.benchmarks.run(self.engine, step, self.stop_requested, self.status.beat)
+            if scores is None:
+                self._leave()
+            values |= scores
+            log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if "EvalLoss" in values:
+            progress.eval_loss = values["EvalLoss"]
+            if progress.last_eval_step is None:
+                progress.base_eval_loss = progress.eval_loss
+        progress.last_eval_step = step
+        if values:
+            progress.metrics.append({"step": step, "values": values})
+            self.status.beat(
+                eval_loss=progress.eval_loss, base_eval_loss=progress.base_eval_loss, metrics=progress.newest_metrics()
+            )
+        if values and self.journal is not None:
+            facts = (
+                {"eval_loss": values["EvalLoss"], "eval_loss_hex": values["EvalLoss"].hex()} if self.eval_rows else {}
+            )
+            self.journal.event(step, **facts, metrics=values)
+
+    def _held_out(self, rows: Rows, step: int) -> dict[str, float]:
+        found = evaluate(
             self.engine,
-            self.eval_rows,
+            rows,
             self.world,
             micro_batch_size=self.spec.training.micro_batch_size,
             stop_requested=self.stop_requested,
             beat=self.status.beat,
         )
-        if loss is None:
+        if found is None:
             self._leave()
-            return
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"step {step}: held-out loss {loss}")
-        if self.progress.last_eval_step is None:
-            self.progress.base_eval_loss = loss
-        self.progress.eval_loss, self.progress.last_eval_step = loss, step
-        self.status.beat(eval_loss=loss, base_eval_loss=self.progress.base_eval_loss)
-        if self.journal is not None:
-            self.journal.event(step, eval_loss=loss, eval_loss_hex=loss.hex())
-        log.info("step %d  held-out loss %.4f", step, loss)
+        if not math.isfinite(found.loss):
+            raise NonFiniteLossError(f"step {step}: held-out loss {found.loss}")
+        log.info("step %d  held-out loss %.4f  token accuracy %.4f", step, found.loss, found.token_accuracy)
+        return {"EvalLoss": found.loss, "TokenAccuracy": found.token_accuracy}
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -181,7 +202,7 @@ class Training:
             checkpoint_stall_seconds=state.checkpoint_stall_seconds + seconds,
         )
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         """All ranks are here at the same step: one pod was asked to stop."""
         step = self.progress.step
         if not self.spec.checkpoint.on_termination:

@@ -25,6 +25,17 @@ class Progress:
     base_eval_loss: float | None = None
     eval_loss: float | None = None
     last_eval_step: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Every evaluation so far, oldest first: `step` and `values`, a number for each metric's name."""
+
+    def newest_metrics(self) -> dict[str, dict[str, float]]:
+        """Of each metric its newest `value`, its first (`base`) and the newest one's `step`."""
+        newest: dict[str, dict[str, float]] = {}
+        for evaluation in self.metrics:
+            for name, value in evaluation["values"].items():
+                base = newest.get(name, {"base": value})["base"]
+                newest[name] = {"value": value, "base": base, "step": evaluation["step"]}
+        return newest
 
 
 @dataclass(frozen=True)

@@ -35,8 +35,27 @@ class StepResult:
     data_wait_seconds: float
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured on held-out rows."""
+
+    loss: float
+    """Mean for each target token."""
+    token_accuracy: float
+    """Share of target tokens that the model holds for the likeliest."""
+
+
 def loss_sum(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
-    """Sum of the token losses of a micro-batch, a float32 scalar.
+    """Sum of the token losses of a micro-batch, a float32 scalar."""
+    return _loss_sum(*_target_logits(model, batch, device))
+
+
+def _loss_sum(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORE, reduction="sum")
+
+
+def _target_logits(model: Any, batch: Batch, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, shape (rows, kept, vocabulary), and labels, shape (rows, kept), where something is to be learnt.
 
     The head is applied only at positions that some row of the batch learns from: with masked prompts that is often less than
     half of a large matrix product.
@@ -47,9 +66,7 @@ def loss_sum(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
         keep = torch.zeros(1, dtype=torch.int64, device=device)
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids.to(device)}
     output = model(input_ids=batch.input_ids.to(device), use_cache=False, logits_to_keep=keep, **positions)
-    return F.cross_entropy(
-        output.logits.float().flatten(0, 1), labels[:, keep].flatten(), ignore_index=IGNORE, reduction="sum"
-    )
+    return output.logits, labels[:, keep]
 
 
 def train_step(
@@ -118,28 +135,31 @@ def evaluate(
     micro_batch_size: int,
     stop_requested: Callable[[], bool],
     beat: Callable[[], None],
-) -> float | None:
-    """Mean loss for each target token on held-out rows; all ranks call it.
+) -> HeldOut | None:
+    """Mean loss for each target token, and accuracy, on held-out rows; all ranks call it.
 
     Batches do not depend on the number of ranks, and their sums are added in one fixed order, so that neither does the result.
 
     Returns:
-        The mean; None if any rank was asked to leave before the end.
+        The measures; None if any rank was asked to leave before the end.
     """
     order = sorted(range(len(rows)), key=lambda row: (-int(rows.row_lengths[row]), row))  # least padding
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
-    sums = [0.0] * len(batches)
+    sums, correct = [0.0] * len(batches), 0
     engine.eval()
     try:
         for round_start in range(0, len(batches), world.size):
             index = round_start + world.rank
             batch = rows.batch(batches[index] if index < len(batches) else [None])
-            value = loss_sum(engine, batch, world.device).item()
+            logits, labels = _target_logits(engine, batch, world.device)
+            value = _loss_sum(logits, labels).item()
             if index < len(batches):
                 sums[index] = value
+                correct += int((logits.argmax(dim=-1) == labels).sum())  # no token has the label that is ignored
             beat()
             if world.sum([float(stop_requested())])[0] > 0:
                 return None
     finally:
         engine.train()
-    return math.fsum(world.sum(sums)) / int(rows.row_targets.sum())
+    targets = int(rows.row_targets.sum())
+    return HeldOut(math.fsum(world.sum(sums)) / targets, world.sum([correct])[0] / targets)

@@ -7,16 +7,18 @@ from finetune_api.launch import (
     HubSource,
     JobIdentity,
     LaunchAdapter,
+    LaunchBenchmark,
     LaunchCheckpoint,
     LaunchDataset,
     LaunchDeepSpeed,
+    LaunchGeneration,
     LaunchModel,
     LaunchSpec,
     LaunchTraining,
     PathSource,
     Rendezvous,
 )
-from finetune_api.spec import AdapterSpec, DatasetSpec, FineTuneJobSpec, Method, ModelSpec, SecretKeyRef
+from finetune_api.spec import AdapterSpec, DatasetSpec, FineTuneJobSpec, GenerationSpec, Method, ModelSpec, SecretKeyRef
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
 from finetune_operator.core.quantity import cpus
@@ -88,7 +90,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         hang_timeout_seconds=config.hang_timeout_seconds,
         model=_model(spec.model, plan, mounts),
         train=[_dataset(dataset, mounts) for dataset in spec.datasets.train],
-        evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation],
+        evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation if dataset.benchmark is None],
         method=spec.method,
         adapter=_adapter(spec.adapter or AdapterSpec()) if spec.method is Method.LORA else None,
         training=_training(spec, plan),
@@ -105,6 +107,8 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         ),
         output_dir=local_path(plan.output_uri),
         cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
+        benchmarks=_benchmarks(spec, mounts),
+        generation=_generation(spec.evaluation.generation),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
 
@@ -182,4 +186,29 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         activation_checkpointing=training.activation_checkpointing,
         seed=training.seed,
         eval_every_steps=training.eval_every_steps,
+    )
+
+
+def _benchmarks(spec: FineTuneJobSpec, mounts: Mounts) -> list[LaunchBenchmark]:
+    return [
+        LaunchBenchmark(
+            uri=dataset.uri,
+            source=_source(dataset.uri, dataset.revision, dataset.credentials_ref, mounts),
+            benchmark=dataset.benchmark,
+            max_samples=dataset.max_samples,
+        )
+        for dataset in spec.datasets.evaluation
+        if dataset.benchmark is not None
+    ]
+
+
+def _generation(generation: GenerationSpec) -> LaunchGeneration:
+    return LaunchGeneration(
+        samples=generation.samples,
+        temperature=float(generation.temperature),
+        top_p=float(generation.top_p),
+        max_new_tokens=generation.max_new_tokens,
+        batch_size=generation.batch_size,
+        k=generation.k,
+        timeout_seconds=generation.timeout_seconds,
     )

@@ -10,6 +10,7 @@ import secrets
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -96,15 +97,19 @@ class Sandbox:
         self._folder = folder
         self._python = python or base_python()
 
-    def run(self, program: str, limits: Limits) -> Verdict:
+    def run(self, program: str | Sequence[str], limits: Limits) -> Verdict:
         """Runs one program to its end. May be called from several threads.
+
+        Args:
+            program: its text; of several, readings of one answer, the first that is Python is run.
+            limits: what it may use.
 
         Raises:
             SandboxError: the program could not be run at all; nothing is known about it.
         """
         with tempfile.TemporaryDirectory(prefix="program-", dir=self._folder) as folder:
             request = {
-                "program": program,
+                "programs": [program] if isinstance(program, str) else list(program),
                 "folder": folder,
                 "token": secrets.token_hex(16),
                 "limits": asdict(limits),

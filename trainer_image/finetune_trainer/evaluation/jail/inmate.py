@@ -4,6 +4,7 @@ The order matters: what needs a right comes before that right goes. The system-c
 process can only compute, read the standard library, and write into its own folder.
 """
 
+import contextlib
 import ctypes
 import os
 import random
@@ -53,7 +54,7 @@ def become(request: dict[str, Any], output: int, result: int) -> None:
         module = types.ModuleType("__main__")
         sys.modules["__main__"] = module
         random.seed(0)  # the verdict of a program that draws numbers does not change from run to run
-        program = request["program"]
+        programs = request["programs"]
         seccomp.no_new_privileges()
         if request["landlock"]:
             landlock.restrict(rights(request["folder"]))
@@ -64,7 +65,7 @@ def become(request: dict[str, Any], output: int, result: int) -> None:
         os.write(result, f"the sandbox could not be closed: {type(error).__name__}: {error}".encode())
         os._exit(1)
     try:
-        exec(compile(program, "<program>", "exec"), module.__dict__)
+        exec(_first_that_compiles(programs), module.__dict__)
         answer = "passed"
     except MemoryError:
         answer = "MemoryError"  # no allocation for a message
@@ -72,6 +73,14 @@ def become(request: dict[str, Any], output: int, result: int) -> None:
         answer = f"{type(error).__name__}: {error}"[:500]
     os.write(result, f"{request['token']} {answer}".encode(errors="replace"))
     os._exit(0)
+
+
+def _first_that_compiles(programs: list[str]) -> types.CodeType:
+    """Compiled here, not by the trainer: text can bring a parser down too."""
+    for text in programs[:-1]:
+        with contextlib.suppress(SyntaxError):
+            return compile(text, "<program>", "exec")
+    return compile(programs[-1], "<program>", "exec")
 
 
 def rights(folder: str) -> dict[str, int]:
