@@ -13,6 +13,7 @@ from finetune_api.spec import (
     ActivationCheckpointing,
     BenchmarkName,
     DatasetFormat,
+    EvaluationMetric,
     Method,
     Offload,
     Precision,
@@ -123,6 +124,16 @@ class LaunchGeneration(ApiModel):
     timeout_seconds: int
 
 
+class LaunchSelection(ApiModel):
+    """Which checkpoint is the best, and when to stop."""
+
+    metric: EvaluationMetric | None
+    export_best: bool
+    early_stopping_patience: int | None
+    """Evaluations; None: never stop early."""
+    early_stopping_min_delta: float
+
+
 class JobIdentity(ApiModel):
     namespace: str
     name: str
@@ -167,6 +178,7 @@ class LaunchSpec(ApiModel):
     benchmarks: list[LaunchBenchmark]
     generation: LaunchGeneration
     """Of programs for `benchmarks`."""
+    selection: LaunchSelection
 
     @property
     def world_size(self) -> int:

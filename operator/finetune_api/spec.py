@@ -395,8 +395,34 @@ class GenerationSpec(ApiModel):
 
 
 class EvaluationSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "has(self.metric) || !(self.exportBest || has(self.earlyStoppingPatience))",
+                "`exportBest` and `earlyStoppingPatience` need a `metric`",
+            ),
+            (
+                "has(self.earlyStoppingPatience) || !has(self.earlyStoppingMinDelta)",
+                "`earlyStoppingMinDelta` needs `earlyStoppingPatience`",
+            ),
+            (
+                "!has(self.metric) || !self.metric.endsWith('PassAt1') || 1 in self.generation.k",
+                "this `metric` needs 1 in `generation.k`",
+            ),
+        )
+    }
+
     generation: GenerationSpec = GenerationSpec()
     """How programs for benchmarks are generated and run."""
+    metric: EvaluationMetric | None = None
+    """What tells the best checkpoint, which is saved when it is measured and then kept, whatever `checkpoint.keep` says.
+    The loss is better when it is lower, all else when it is higher. Absent: no checkpoint is the best."""
+    export_best: bool = False
+    """Export the best checkpoint instead of the last."""
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Stop after so many evaluations in a row without an improvement of `metric`; the job is then Complete."""
+    early_stopping_min_delta: NonNegativeDecimal | None = None
+    """Less than this is no improvement. Absent: 0."""
 
 
 IMMUTABLE = (
@@ -439,6 +465,16 @@ class FineTuneJobSpec(ApiModel):
                 "!has(self.training.evalEverySteps)"
                 " || (has(self.datasets.evaluation) && size(self.datasets.evaluation) > 0)",
                 "`training.evalEverySteps` needs a data set in `datasets.evaluation`",
+            ),
+            (
+                "!has(self.evaluation.earlyStoppingPatience) || has(self.training.evalEverySteps)",
+                "`evaluation.earlyStoppingPatience` needs `training.evalEverySteps`",
+            ),
+            (
+                "!has(self.evaluation.metric) || (has(self.datasets.evaluation) && self.datasets.evaluation.exists(e,"
+                " has(e.benchmark) ? self.evaluation.metric == e.benchmark + 'PassAt1'"
+                " : self.evaluation.metric in ['EvalLoss', 'TokenAccuracy']))",
+                "`evaluation.metric` needs its data in `datasets.evaluation`: held-out data, or the `benchmark` that it names",
             ),
         )
     }

@@ -73,6 +73,12 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
             "k": [1],
             "timeoutSeconds": 5,
         },
+        "selection": {
+            "metric": None,
+            "exportBest": False,
+            "earlyStoppingPatience": None,
+            "earlyStoppingMinDelta": 0.0,
+        },
     }
     spec["model"]["chatTemplate"] = None
     for path, value in changes.items():

@@ -12,6 +12,7 @@ from typing import Any
 
 from safetensors.torch import load_file, save_file
 
+from finetune_api.spec import EvaluationMetric
 from finetune_trainer import manifest as mf
 from finetune_trainer import optimizer_state
 from finetune_trainer.claims import AttemptClaim
@@ -19,6 +20,7 @@ from finetune_trainer.config import differences
 from finetune_trainer.distributed import World
 from finetune_trainer.engine import is_partitioned
 from finetune_trainer.errors import CheckpointCorruptError, ConfigError
+from finetune_trainer.evaluation.best import best_step
 from finetune_trainer.manifest import Manifest, Progress
 from finetune_trainer.versions import versions
 
@@ -35,6 +37,8 @@ class Checkpoints:
     claim: AttemptClaim | None
     """Rank 0's; None on the others."""
     fingerprint: dict[str, Any]
+    metric: EvaluationMetric | None = None
+    """Tells the best checkpoint, which is never deleted."""
 
     def save(self, engine: Any, progress: Progress) -> float:
         """Writes a checkpoint; all ranks call it at the same step.
@@ -83,6 +87,18 @@ class Checkpoints:
             raise CheckpointCorruptError(f"{self.root}: none of the {len(found)} checkpoints verifies; see the log")
         return None
 
+    def load_step(self, engine: Any, step: int) -> None:
+        """Puts the state of one checkpoint back, such as the best one for the export.
+
+        Raises:
+            CheckpointCorruptError: it is missing or does not verify.
+        """
+        folder = mf.step_folder(self.root, step)
+        problems = [problem for problem in self.world.together(lambda: self._verify(folder)) if problem]
+        if problems:
+            raise CheckpointCorruptError(f"{folder}, the best checkpoint, cannot be exported: {'; '.join(problems)}")
+        optimizer_state.restore(engine, load_file(folder / self._part(engine)))
+
     def _prepare(self, temporary: Path) -> None:
         if self.world.is_first:
             temporary.mkdir(parents=True, exist_ok=True)
@@ -113,7 +129,7 @@ class Checkpoints:
         self.claim.check()
         mf.commit(temporary, mf.step_folder(self.root, progress.step))
         self.claim.check()
-        mf.retain(self.root, self.keep)
+        mf.retain(self.root, self.keep, spare=best_step(progress.metrics, self.metric))
 
     def _candidates(self) -> list[str]:
         for name in mf.remove_abandoned(self.root):

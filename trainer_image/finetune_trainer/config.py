@@ -66,6 +66,18 @@ def _check_evaluation(spec: LaunchSpec) -> None:
     names = [benchmark.benchmark for benchmark in spec.benchmarks]
     if len(names) != len(set(names)):
         raise ConfigError("datasets.evaluation: each `benchmark` may stand there once")
+    selection = spec.selection
+    measured = ["EvalLoss", "TokenAccuracy"] if spec.evaluation else []
+    measured += [f"{name}PassAt1" for name in names if 1 in generation.k]
+    if selection.metric is not None and selection.metric not in measured:
+        raise ConfigError(
+            f"evaluation.metric: {selection.metric} is not measured by this job; its evaluations measure "
+            f"{', '.join(measured) or 'nothing'}"
+        )
+    if selection.metric is None and (selection.export_best or selection.early_stopping_patience is not None):
+        raise ConfigError("evaluation: `exportBest` and `earlyStoppingPatience` need a `metric`")
+    if selection.early_stopping_patience is not None and spec.training.eval_every_steps is None:
+        raise ConfigError("evaluation.earlyStoppingPatience: needs training.evalEverySteps")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:

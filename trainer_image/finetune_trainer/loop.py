@@ -17,6 +17,7 @@ from finetune_trainer.device import DeviceFacts
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import NonFiniteLossError, TerminatedError
 from finetune_trainer.evaluation.benchmark import Benchmarks
+from finetune_trainer.evaluation.best import best_step, evaluations_without_improvement
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.schedule import learning_rate
@@ -61,7 +62,7 @@ class Training:
         total = self.order.total_steps
         if self.progress.last_eval_step is None or self._eval_due(self.progress.step):
             self._evaluate()
-        while self.progress.step < total:
+        while self.progress.step < total and not self._stopped_early():
             step = self.progress.step + 1
             started = time.perf_counter()
             result = self._step(step)
@@ -70,8 +71,39 @@ class Training:
                 self._leave()
             if self._eval_due(step):
                 self._evaluate()
-            if step % self.spec.checkpoint.every_steps == 0 or step == total:
+            is_best = best_step(self.progress.metrics, self.spec.selection.metric) == step
+            due = step % self.spec.checkpoint.every_steps == 0 or step == total
+            if due or is_best or self._stopped_early():
                 self._save()
+
+    def choose_result(self) -> int:
+        """Loads the best checkpoint if that is to be the result. Returns the step of what will be exported."""
+        selection, step = self.spec.selection, self.progress.step
+        best = best_step(self.progress.metrics, selection.metric)
+        notes = []
+        if step < self.order.total_steps:
+            notes.append(
+                f"Stopped early after {step} of {self.order.total_steps} steps: {selection.metric} has not improved in "
+                f"{selection.early_stopping_patience} evaluations."
+            )
+        if selection.export_best and best is not None:
+            if best != step:
+                self.checkpoints.load_step(self.engine, best)
+                notes.append(f"The output is the checkpoint of step {best}, the best by {selection.metric}.")
+            step = best
+        if notes:
+            log.info("%s", " ".join(notes))
+        self.status.beat(note=" ".join(notes))
+        return step
+
+    def _stopped_early(self) -> bool:
+        selection = self.spec.selection
+        if selection.early_stopping_patience is None:
+            return False
+        since = evaluations_without_improvement(
+            self.progress.metrics, selection.metric, selection.early_stopping_min_delta
+        )
+        return since >= selection.early_stopping_patience
 
     def _step(self, step: int) -> StepResult:
         training = self.spec.training

@@ -117,9 +117,14 @@ def commit(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def retain(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, each by a rename first so that no half-deleted one is ever seen."""
+def retain(root: Path, keep: int, spare: int | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints and that of the step `spare`.
+
+    Each is renamed first, so that no half-deleted one is ever seen.
+    """
     for path in complete_checkpoints(root)[keep:]:
+        if spare is not None and path == step_folder(root, spare):
+            continue
         doomed = path.with_name(f".{path.name}.tmp-delete")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

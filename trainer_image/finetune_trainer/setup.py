@@ -177,7 +177,7 @@ def prepare_training(
 
     training, root = spec.training, Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
-    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run)
+    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run, metric=spec.selection.metric)
     order = RowOrder(len(data.train), training.seed, training.global_batch_size, training.epochs, training.max_steps)
     resumed = checkpoints.restore(engine)
     progress = resumed or Progress()
@@ -216,12 +216,14 @@ def export(spec: LaunchSpec, training: Any, tokenizer: Any, sources: Sources, st
     world: World = training.world
     own_claim: AttemptClaim | None = training.checkpoints.claim
     world.together(lambda: own_claim.check() if own_claim else None)
+    exported_step = training.choose_result()
     weights = gather_weights(training.engine, spec, first=world.is_first)
     if not world.is_first:
         return
     progress: Progress = training.progress
     result = {
         **asdict(progress),
+        "exported_step": exported_step,
         "model_uri": spec.model.uri,
         "model_revision": sources.model_revision,
         "attempt": spec.attempt,

@@ -59,6 +59,8 @@ class RankState:
     memory_peak_bytes: int = 0
     metrics: dict[str, dict[str, float]] = field(default_factory=dict)
     """`Progress.newest_metrics`."""
+    note: str = ""
+    """What people should know of a success, such as that it ended early."""
     heartbeat_time: float = 0.0
     """Wall clock, for people."""
     heartbeat_monotonic: float = 0.0

@@ -13,6 +13,7 @@ from finetune_api.launch import (
     LaunchDeepSpeed,
     LaunchGeneration,
     LaunchModel,
+    LaunchSelection,
     LaunchSpec,
     LaunchTraining,
     PathSource,
@@ -109,6 +110,12 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
         benchmarks=_benchmarks(spec, mounts),
         generation=_generation(spec.evaluation.generation),
+        selection=LaunchSelection(
+            metric=spec.evaluation.metric,
+            export_best=spec.evaluation.export_best,
+            early_stopping_patience=spec.evaluation.early_stopping_patience,
+            early_stopping_min_delta=float(spec.evaluation.early_stopping_min_delta or "0"),
+        ),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
 

@@ -4,6 +4,7 @@ Draws no number from torch's generators: a sample's choice at a position comes f
 position), so that training goes on as if nothing had been generated, and a resumed run generates the same.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -73,17 +74,18 @@ def generate(
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     texts: list[list[int]] = [[] for _ in prompts]
     open_rows = set(range(len(prompts)))
+    keyword = _cache_keyword(model)
     cache: Any = None
     for number in range(sampling.max_new_tokens):
         output = model(
             input_ids=ids,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
+            **{keyword: cache},
         )
-        cache = output.past_key_values
+        cache = getattr(output, keyword)
         chosen = choose(output.logits[:, -1], [(*prompt.seed, number) for prompt in prompts], sampling)
         for row in sorted(open_rows):
             token = chosen[row]
@@ -101,6 +103,15 @@ def generate(
         mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
         positions = positions[:, -1:] + 1
     return [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+
+
+def _cache_keyword(model: Any) -> str:
+    """transformers 5 renames `past_key_values` to `cache`, model by model."""
+    while hasattr(model, "module"):
+        model = model.module
+    if hasattr(model, "get_base_model"):
+        model = model.get_base_model()
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def choose(logits: torch.Tensor, seeds: Sequence[tuple[int, ...]], sampling: Sampling) -> list[int]:
