@@ -374,7 +374,7 @@ class GenerationSpec(ApiModel):
                 "self.samples == 1 || double(self.temperature) > 0.0",
                 "`samples` above 1 need a `temperature` above 0, else all samples of a problem are the same",
             ),
-            ("self.k.all(k, k <= self.samples)", "each of `k` must be at most `samples`"),
+            ("self.k.all(n, n <= self.samples)", "each of `k` must be at most `samples`"),
         )
     }
 
@@ -472,7 +472,8 @@ class FineTuneJobSpec(ApiModel):
             ),
             (
                 "!has(self.evaluation.metric) || (has(self.datasets.evaluation) && self.datasets.evaluation.exists(e,"
-                " has(e.benchmark) ? self.evaluation.metric == e.benchmark + 'PassAt1'"
+                " has(e.benchmark) ? (e.benchmark == 'HumanEval' && self.evaluation.metric == 'HumanEvalPassAt1')"
+                " || (e.benchmark == 'MBPP' && self.evaluation.metric == 'MBPPPassAt1')"
                 " : self.evaluation.metric in ['EvalLoss', 'TokenAccuracy']))",
                 "`evaluation.metric` needs its data in `datasets.evaluation`: held-out data, or the `benchmark` that it names",
             ),

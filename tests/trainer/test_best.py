@@ -10,8 +10,9 @@ from safetensors.torch import load_file
 
 from finetune_api.spec import EvaluationMetric
 from finetune_trainer.evaluation.best import best_step, evaluations_without_improvement
-from tests.trainer import jobs
+from tests.trainer import jobs, tiny
 from tests.trainer.conftest import StartPod
+from tests.trainer.test_benchmarks import easy_problem, with_benchmark
 from tests.trainer.test_resume import weights
 
 LOSS, ACCURACY = EvaluationMetric.EVAL_LOSS, EvaluationMetric.TOKEN_ACCURACY
@@ -72,8 +73,11 @@ STOPPING: dict[str, Any] = {
 
 
 def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: StartPod, tmp_path: Path) -> None:
-    whole = start(tmp_path / "whole", **STOPPING)
-    killed = start(tmp_path / "killed", **STOPPING)
+    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [easy_problem(n) for n in range(3)])
+    changes = {**STOPPING, "benchmarks": with_benchmark(problems), "generation__maxNewTokens": 6}
+    changes |= {"generation__samples": 2, "generation__temperature": 1.0, "adapter__dropout": 0.1}
+    whole = start(tmp_path / "whole", **changes)
+    killed = start(tmp_path / "killed", **changes)
     report = whole.done()
     result = json.loads((whole.folder / "output" / "train_result.json").read_text())
     losses = {line["step"]: line["values"]["EvalLoss"] for line in result["metrics"]}
