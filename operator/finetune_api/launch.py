@@ -14,8 +14,10 @@ from finetune_api.spec import (
     ActivationCheckpointing,
     AdapterVariant,
     Attention,
+    BenchmarkName,
     ColumnsSpec,
     DatasetFormat,
+    EvaluationMetric,
     Method,
     Offload,
     Optimizer,
@@ -187,6 +189,35 @@ class LaunchTracking(ApiModel):
     tensor_board: LaunchTensorBoard | None
 
 
+class LaunchBenchmark(ApiModel):
+    uri: str
+    """As the user wrote it, for messages."""
+    source: PathSource | HubSource = Field(discriminator="kind")
+    benchmark: BenchmarkName
+    max_samples: int | None
+    """Use only so many problems, from the start."""
+
+
+class LaunchGeneration(ApiModel):
+    samples: int
+    temperature: float
+    top_p: float
+    max_new_tokens: int
+    batch_size: int
+    k: list[int]
+    timeout_seconds: int
+
+
+class LaunchSelection(ApiModel):
+    """Which checkpoint is the best, and when to stop."""
+
+    metric: EvaluationMetric | None
+    export_best: bool
+    early_stopping_patience: int | None
+    """Evaluations; None: never stop early."""
+    early_stopping_min_delta: float
+
+
 class JobIdentity(ApiModel):
     namespace: str
     name: str
@@ -234,6 +265,10 @@ class LaunchSpec(ApiModel):
     """Only for `QLoRA`."""
     output: LaunchOutput
     tracking: LaunchTracking
+    benchmarks: list[LaunchBenchmark]
+    generation: LaunchGeneration
+    """Of programs for `benchmarks`."""
+    selection: LaunchSelection
 
     @property
     def world_size(self) -> int:

@@ -24,6 +24,18 @@ class Activity(StrEnum):
     DONE = "Done"
 
 
+class MetricReport(ApiModel):
+    """One metric's newest value."""
+
+    name: str
+    """For example `TokenAccuracy` or `HumanEvalPassAt1`."""
+    value: float
+    base_value: float
+    """Before the first step."""
+    step: int
+    """Of `value`."""
+
+
 class ProgressReport(ApiModel):
     """Rank 0's answer at `GET /progress`."""
 
@@ -53,6 +65,7 @@ class ProgressReport(ApiModel):
     model_revision: str | None = None
     """The commit that an `hf://` model was resolved to."""
     heartbeat_time: datetime
+    metrics: list[MetricReport] = []
 
 
 class TerminationReport(ApiModel):
@@ -71,3 +84,4 @@ class TerminationReport(ApiModel):
     base_eval_loss: float | None = None
     eval_loss: float | None = None
     model_revision: str | None = None
+    metrics: list[MetricReport] = []

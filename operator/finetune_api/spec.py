@@ -121,6 +121,18 @@ class ZeroStage(IntEnum):
     PARAMETERS = 3
 
 
+class BenchmarkName(StrEnum):
+    HUMAN_EVAL = "HumanEval"
+    MBPP = "MBPP"
+
+
+class EvaluationMetric(StrEnum):
+    EVAL_LOSS = "EvalLoss"
+    TOKEN_ACCURACY = "TokenAccuracy"
+    HUMAN_EVAL_PASS_AT_1 = "HumanEvalPassAt1"
+    MBPP_PASS_AT_1 = "MBPPPassAt1"
+
+
 class SecretKeyRef(ApiModel):
     name: ResourceName
     """Secret in the job's namespace."""
@@ -268,6 +280,23 @@ class DatasetSpec(ApiModel):
     samples of one data set only. Absent: every record once an epoch."""
 
 
+class EvaluationDatasetSpec(DatasetSpec):
+    model_config = {
+        "json_schema_extra": rules(
+            ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
+            ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+            (
+                "!has(self.benchmark) || self.format == 'Auto'",
+                "`format` is for held-out data; remove it: a `benchmark`'s problems have a layout of their own",
+            ),
+        )
+    }
+
+    benchmark: BenchmarkName | None = None
+    """The records are this benchmark's problems: the model writes programs, which are run in a sandbox, and pass@k is
+    measured (see `evaluation.generation`). Absent: held-out data."""
+
+
 class DatasetsSpec(ApiModel):
     model_config = {
         "json_schema_extra": rules(
@@ -279,13 +308,19 @@ class DatasetsSpec(ApiModel):
                 "!has(self.evaluation) || !self.evaluation.exists(d, has(d.weight))",
                 "`weight` is only for data sets in `train`; remove it from `evaluation`",
             ),
+            (
+                "!has(self.evaluation) || ['HumanEval', 'MBPP'].all(name,"
+                " self.evaluation.filter(e, has(e.benchmark) && e.benchmark == name).size() <= 1)",
+                "each `benchmark` may stand in `evaluation` once",
+            ),
         )
     }
 
     train: Annotated[list[DatasetSpec], Field(min_length=1, max_length=16)]
     """Data sets to train on, mixed record by record."""
-    evaluation: Annotated[list[DatasetSpec], Field(max_length=16)] = []
-    """Held-out data sets: their loss is measured before the first step, every `training.evalEverySteps` and at the end."""
+    evaluation: Annotated[list[EvaluationDatasetSpec], Field(max_length=16)] = []
+    """Held-out data sets, whose loss is measured, and benchmarks, whose programs are run: before the first step, every
+    `training.evalEverySteps` and at the end."""
 
 
 class AdapterSpec(ApiModel):
@@ -620,6 +655,64 @@ class CacheSpec(ApiModel):
     """Folder for `hf://` downloads, shared by jobs; each file is downloaded once."""
 
 
+class GenerationSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "self.samples == 1 || double(self.temperature) > 0.0",
+                "`samples` above 1 need a `temperature` above 0, else all samples of a problem are the same",
+            ),
+            ("self.k.all(n, n <= self.samples)", "each of `k` must be at most `samples`"),
+        )
+    }
+
+    samples: Annotated[int, Field(ge=1, le=1000)] = 1
+    """Programs that are generated for each problem."""
+    temperature: NonNegativeDecimal = "0"
+    """0 takes the likeliest token; above, tokens are drawn."""
+    top_p: PositiveDecimal = "1"
+    """Draw from the likeliest tokens that together have this probability."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=32768)] = 512
+    """Length of one answer at most."""
+    batch_size: Annotated[int, Field(ge=1, le=1024)] = 8
+    """Answers that one rank generates at the same time."""
+    k: Annotated[list[Annotated[int, Field(ge=1, le=1000)]], Field(min_length=1, max_length=8)] = [1]
+    """pass@k is reported for each."""
+    timeout_seconds: Annotated[int, Field(ge=1, le=600)] = 5
+    """CPU time of one program; it is given up after four times as much wall-clock time."""
+
+
+class EvaluationSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "has(self.metric) || !(self.exportBest || has(self.earlyStoppingPatience))",
+                "`exportBest` and `earlyStoppingPatience` need a `metric`",
+            ),
+            (
+                "has(self.earlyStoppingPatience) || !has(self.earlyStoppingMinDelta)",
+                "`earlyStoppingMinDelta` needs `earlyStoppingPatience`",
+            ),
+            (
+                "!has(self.metric) || !self.metric.endsWith('PassAt1') || 1 in self.generation.k",
+                "this `metric` needs 1 in `generation.k`",
+            ),
+        )
+    }
+
+    generation: GenerationSpec = GenerationSpec()
+    """How programs for benchmarks are generated and run."""
+    metric: EvaluationMetric | None = None
+    """What tells the best checkpoint, which is saved when it is measured and then kept, whatever `checkpoint.keep` says.
+    The loss is better when it is lower, all else when it is higher. Absent: no checkpoint is the best."""
+    export_best: bool = False
+    """Export the best checkpoint instead of the last."""
+    early_stopping_patience: Annotated[int, Field(ge=1, le=1000)] | None = None
+    """Stop after so many evaluations in a row without an improvement of `metric`; the job is then Complete."""
+    early_stopping_min_delta: NonNegativeDecimal | None = None
+    """Less than this is no improvement. Absent: 0."""
+
+
 IMMUTABLE = (
     "model",
     "datasets",
@@ -635,6 +728,7 @@ IMMUTABLE = (
     "freeze",
     "quantization",
     "tracking",
+    "evaluation",
 )
 """What may not change once the job exists: another value would be another run."""
 
@@ -683,6 +777,17 @@ class FineTuneJobSpec(ApiModel):
                 "`training.compile` does not work with `deepspeed.zeroStage: 3`, which gathers weights between the"
                 " operations of a layer; use stage 0, 1 or 2, or leave `compile` out",
             ),
+            (
+                "!has(self.evaluation.earlyStoppingPatience) || has(self.training.evalEverySteps)",
+                "`evaluation.earlyStoppingPatience` needs `training.evalEverySteps`",
+            ),
+            (
+                "!has(self.evaluation.metric) || (has(self.datasets.evaluation) && self.datasets.evaluation.exists(e,"
+                " has(e.benchmark) ? (e.benchmark == 'HumanEval' && self.evaluation.metric == 'HumanEvalPassAt1')"
+                " || (e.benchmark == 'MBPP' && self.evaluation.metric == 'MBPPPassAt1')"
+                " : self.evaluation.metric in ['EvalLoss', 'TokenAccuracy']))",
+                "`evaluation.metric` needs its data in `datasets.evaluation`: held-out data, or the `benchmark` that it names",
+            ),
         )
     }
 
@@ -723,3 +828,5 @@ class FineTuneJobSpec(ApiModel):
     """How `method: QLoRA` quantises the base model; absent: the defaults of its fields."""
     tracking: TrackingSpec | None = None
     """Where the course of training is shown, besides Prometheus. A tracker that fails never stops or slows training."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """How benchmarks are evaluated."""

@@ -10,6 +10,7 @@ from finetune_api.base import ApiModel
 from finetune_api.reports import Activity
 
 MAX_ATTEMPTS_KEPT = 20
+MAX_METRICS = 24
 Message = Annotated[str, Field(max_length=2048)]
 Number = Annotated[str, Field(max_length=32)]
 """A decimal number as text."""
@@ -69,6 +70,17 @@ class AttemptStatus(ApiModel):
     """Steps done after its last checkpoint, which the next attempt repeats."""
 
 
+class MetricStatus(ApiModel):
+    name: Annotated[str, Field(max_length=64)]
+    """For example `TokenAccuracy` or `HumanEvalPassAt1`."""
+    value: Number
+    """The newest."""
+    base_value: Number
+    """Before the first step."""
+    step: int
+    """The step of `value`."""
+
+
 class ProgressStatus(ApiModel):
     summary: Annotated[str, Field(max_length=64)]
     """For example `120/400 (30%)`."""
@@ -84,6 +96,8 @@ class ProgressStatus(ApiModel):
     tokens_per_second: Number | None = None
     eta_seconds: int | None = None
     update_time: datetime | None = None
+    metrics: Annotated[list[MetricStatus], Field(max_length=MAX_METRICS)] = []
+    """What was measured beside the loss: token accuracy, and pass@k of benchmarks."""
 
 
 class CheckpointStatus(ApiModel):

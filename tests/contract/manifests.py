@@ -118,6 +118,50 @@ BAD: dict[str, Bad] = {
         {**GOOD["spec"], "training": {"compile": True}, "deepspeed": {"zeroStage": 3}},
         ("`training.compile` does not work with `deepspeed.zeroStage: 3`",),
     ),
+    "benchmark with a format": Bad(
+        "spec.datasets.evaluation.0",
+        {"uri": "pvc://finetune/data/HumanEval.jsonl.gz", "benchmark": "HumanEval", "format": "Text"},
+        ("spec.datasets.evaluation[0]", "`format` is for held-out data"),
+    ),
+    "unknown benchmark": Bad(
+        "spec.datasets.evaluation.0.benchmark", "GSM8K", ("spec.datasets.evaluation[0].benchmark", "HumanEval", "MBPP")
+    ),
+    "benchmark twice": Bad(
+        "spec.datasets.evaluation",
+        [
+            {"uri": "pvc://finetune/a.jsonl", "benchmark": "MBPP"},
+            {"uri": "pvc://finetune/b.jsonl", "benchmark": "MBPP"},
+        ],
+        ("spec.datasets", "may stand in `evaluation` once"),
+    ),
+    "benchmark to train on": Bad(
+        "spec.datasets.train.0.benchmark", "MBPP", ("unknown field", "spec.datasets.train[0].benchmark")
+    ),
+    "the same sample many times": Bad(
+        "spec.evaluation.generation.samples", 10, ("spec.evaluation.generation", "need a `temperature` above 0")
+    ),
+    "pass@10 of one sample": Bad(
+        "spec.evaluation.generation.k", [1, 10], ("spec.evaluation.generation", "each of `k` must be at most `samples`")
+    ),
+    "best without a metric": Bad("spec.evaluation.exportBest", True, ("spec.evaluation", "need a `metric`")),
+    "metric of a missing benchmark": Bad(
+        "spec.evaluation.metric", "MBPPPassAt1", ("`evaluation.metric` needs its data in `datasets.evaluation`",)
+    ),
+    "metric of another k": Bad(
+        "spec.evaluation",
+        {"metric": "HumanEvalPassAt1", "generation": {"samples": 10, "temperature": "0.8", "k": [10]}},
+        ("spec.evaluation", "this `metric` needs 1 in `generation.k`"),
+    ),
+    "early stopping without evaluations": Bad(
+        "spec.evaluation",
+        {"metric": "EvalLoss", "earlyStoppingPatience": 3},
+        ("`evaluation.earlyStoppingPatience` needs `training.evalEverySteps`",),
+    ),
+    "least improvement without patience": Bad(
+        "spec.evaluation",
+        {"metric": "EvalLoss", "earlyStoppingMinDelta": "0.01"},
+        ("spec.evaluation", "`earlyStoppingMinDelta` needs `earlyStoppingPatience`"),
+    ),
     "negative seed": Bad("spec.training.seed", -1, ("spec.training.seed", "greater than or equal to 0")),
     "ZeRO 4": Bad("spec.deepspeed.zeroStage", 4, ("spec.deepspeed.zeroStage", "0", "1", "2", "3")),
     "offload without ZeRO": Bad(

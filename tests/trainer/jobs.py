@@ -95,6 +95,22 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
         "quantization": None,
         "output": {"mergeAdapter": False, "maxShardBytes": 5_000_000_000},
         "tracking": {"wandb": None, "tensorBoard": None},
+        "benchmarks": [],
+        "generation": {
+            "samples": 1,
+            "temperature": 0.0,
+            "topP": 1.0,
+            "maxNewTokens": 16,
+            "batchSize": 4,
+            "k": [1],
+            "timeoutSeconds": 5,
+        },
+        "selection": {
+            "metric": None,
+            "exportBest": False,
+            "earlyStoppingPatience": None,
+            "earlyStoppingMinDelta": 0.0,
+        },
     }
     spec["model"]["chatTemplate"] = None
     for path, value in changes.items():

@@ -24,6 +24,7 @@ METRICS = {
     "loss": 1,
     "eval_loss": 1,
     "base_eval_loss": 1,
+    "eval_token_accuracy_ratio": 0,
     "learning_rate": 1e-6,
     "grad_norm": 1e-3,
     "samples_per_second": 1,

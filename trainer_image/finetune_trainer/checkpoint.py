@@ -8,13 +8,15 @@ copied to host memory while training stands still; the rest happens in the backg
 import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from copy import deepcopy
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from finetune_api.spec import EvaluationMetric
 from finetune_trainer import manifest as mf
 from finetune_trainer import optimizer_state
 from finetune_trainer.claims import AttemptClaim
@@ -22,6 +24,7 @@ from finetune_trainer.config import differences
 from finetune_trainer.distributed import World
 from finetune_trainer.engine import is_partitioned
 from finetune_trainer.errors import CheckpointCorruptError, ConfigError
+from finetune_trainer.evaluation.best import best_step
 from finetune_trainer.manifest import Manifest, Progress
 from finetune_trainer.saving import Saved, Saving
 from finetune_trainer.staging import Staging, settle
@@ -43,6 +46,8 @@ class Checkpoints:
     """Rank 0's; None on the others."""
     fingerprint: dict[str, Any]
     attempt: int
+    metric: EvaluationMetric | None = None
+    """Tells the best checkpoint, which is never deleted."""
     _staging: Staging = field(default_factory=Staging, init=False)
     _saving: Saving | None = field(default=None, init=False)
     _newest: Saved | None = field(default=None, init=False)
@@ -60,7 +65,7 @@ class Checkpoints:
         staged: dict[str, torch.Tensor] = {}
         self.world.together(lambda: self._stage(engine, staged))
         temporary = mf.temporary_folder(self.root, progress.step, self.attempt)
-        name, then = self._part(engine), replace(progress)
+        name, then = self._part(engine), deepcopy(progress)
         self._saving = Saving(
             self.world,
             progress.step,
@@ -137,6 +142,18 @@ class Checkpoints:
             raise CheckpointCorruptError(f"{self.root}: none of the {len(found)} checkpoints verifies; see the log")
         return None
 
+    def load_step(self, engine: Any, step: int) -> None:
+        """Puts the state of one checkpoint back, such as the best one for the export.
+
+        Raises:
+            CheckpointCorruptError: it is missing or does not verify.
+        """
+        folder = mf.step_folder(self.root, step)
+        problems = [problem for problem in self.world.together(lambda: self._verify(folder)) if problem]
+        if problems:
+            raise CheckpointCorruptError(f"{folder}, the best checkpoint, cannot be exported: {'; '.join(problems)}")
+        optimizer_state.restore(engine, load_file(folder / self._part(engine)))
+
     def _part(self, engine: Any) -> str:
         return f"rank-{self.world.rank if is_partitioned(engine) else 0:05d}.safetensors"
 
@@ -170,7 +187,7 @@ class Checkpoints:
         self.claim.check()
         mf.commit(temporary, mf.step_folder(self.root, progress.step))
         self.claim.check()
-        mf.retain(self.root, self.keep)
+        mf.retain(self.root, self.keep, spare=best_step(progress.metrics, self.metric))
         return now
 
     def _candidates(self) -> list[str]:

@@ -53,7 +53,7 @@ def _check(spec: LaunchSpec) -> None:
     for field, methods in OWN_BLOCKS.items():
         if (spec.method in methods) != (getattr(spec, field) is not None):
             raise ConfigError(f"{field}: must be set for method {' and '.join(methods)}, and absent for others")
-    if training.eval_every_steps is not None and not spec.evaluation:
+    if training.eval_every_steps is not None and not (spec.evaluation or spec.benchmarks):
         raise ConfigError("training.evalEverySteps: needs a data set in datasets.evaluation")
     if spec.deepspeed.offload_optimizer == "CPU" and spec.deepspeed.zero_stage < 1:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
@@ -65,6 +65,7 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError(reason)
     _check_data(spec)
     _check_output(spec)
+    _check_evaluation(spec)
 
 
 def combination(spec: LaunchSpec) -> Combination:
@@ -102,6 +103,29 @@ def _check_output(spec: LaunchSpec) -> None:
     board = spec.tracking.tensor_board
     if board is not None and Path(board.dir).is_relative_to(spec.output_dir):
         raise ConfigError(f"tracking.tensorBoard.uri: must not be inside output.uri ({spec.output_dir})")
+
+
+def _check_evaluation(spec: LaunchSpec) -> None:
+    generation = spec.generation
+    if generation.samples > 1 and generation.temperature == 0:
+        raise ConfigError("evaluation.generation.temperature: must be above 0 for `samples` above 1")
+    if max(generation.k) > generation.samples:
+        raise ConfigError(f"evaluation.generation.k: each must be at most `samples` = {generation.samples}")
+    names = [benchmark.benchmark for benchmark in spec.benchmarks]
+    if len(names) != len(set(names)):
+        raise ConfigError("datasets.evaluation: each `benchmark` may stand there once")
+    selection = spec.selection
+    measured = ["EvalLoss", "TokenAccuracy"] if spec.evaluation else []
+    measured += [f"{name}PassAt1" for name in names if 1 in generation.k]
+    if selection.metric is not None and selection.metric not in measured:
+        raise ConfigError(
+            f"evaluation.metric: {selection.metric} is not measured by this job; its evaluations measure "
+            f"{', '.join(measured) or 'nothing'}"
+        )
+    if selection.metric is None and (selection.export_best or selection.early_stopping_patience is not None):
+        raise ConfigError("evaluation: `exportBest` and `earlyStoppingPatience` need a `metric`")
+    if selection.early_stopping_patience is not None and spec.training.eval_every_steps is None:
+        raise ConfigError("evaluation.earlyStoppingPatience: needs training.evalEverySteps")
 
 
 def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: str) -> dict[str, Any]:

@@ -65,6 +65,7 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
         "XDG_CACHE_HOME": str(cache),
     }
     sources = [spec.model.source, *(data.source for data in (*spec.train, *spec.evaluation))]
+    sources += [benchmark.source for benchmark in spec.benchmarks]
     if not any(isinstance(source, HubSource) for source in sources):
         ours["HF_HUB_OFFLINE"] = "1"
     defaults = {"USER": "trainer", "LOGNAME": "trainer"}

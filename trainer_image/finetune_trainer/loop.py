@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.reports import Activity
@@ -17,6 +17,8 @@ from finetune_trainer.data.order import RowOrder
 from finetune_trainer.device import DeviceFacts
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import NonFiniteLossError, TerminatedError, TrainerError
+from finetune_trainer.evaluation.benchmark import Benchmarks
+from finetune_trainer.evaluation.best import best_step, evaluations_without_improvement
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.prefetch import Prefetcher
@@ -54,6 +56,7 @@ class Training:
     engine: Any
     rows: Rows
     eval_rows: Rows | None
+    benchmarks: Benchmarks | None
     order: RowOrder
     checkpoints: Checkpoints
     progress: Progress
@@ -86,7 +89,7 @@ class Training:
         total = self.order.total_steps
         if self.progress.last_eval_step is None or self._eval_due(self.progress.step):
             self._evaluate()
-        while self.progress.step < total:
+        while self.progress.step < total and not self._stopped_early():
             step = self.progress.step + 1
             started = time.perf_counter()
             result = self._step(step)
@@ -96,9 +99,40 @@ class Training:
                 self._leave()
             if self._eval_due(step):
                 self._evaluate()
-            if step % self.spec.checkpoint.every_steps == 0 or step == total:
+            is_best = best_step(self.progress.metrics, self.spec.selection.metric) == step
+            due = step % self.spec.checkpoint.every_steps == 0 or step == total
+            if due or is_best or self._stopped_early():
                 self._save()
         self._finish_save()
+
+    def choose_result(self) -> int:
+        """Loads the best checkpoint if that is to be the result. Returns the step of what will be exported."""
+        selection, step = self.spec.selection, self.progress.step
+        best = best_step(self.progress.metrics, selection.metric)
+        notes = []
+        if step < self.order.total_steps:
+            notes.append(
+                f"Stopped early after {step} of {self.order.total_steps} steps: {selection.metric} has not improved in "
+                f"{selection.early_stopping_patience} evaluations."
+            )
+        if selection.export_best and best is not None:
+            if best != step:
+                self.checkpoints.load_step(self.engine, best)
+                notes.append(f"The output is the checkpoint of step {best}, the best by {selection.metric}.")
+            step = best
+        if notes:
+            log.info("%s", " ".join(notes))
+        self.status.beat(note=" ".join(notes))
+        return step
+
+    def _stopped_early(self) -> bool:
+        selection = self.spec.selection
+        if selection.early_stopping_patience is None:
+            return False
+        since = evaluations_without_improvement(
+            self.progress.metrics, selection.metric, selection.early_stopping_min_delta
+        )
+        return since >= selection.early_stopping_patience
 
     def _step(self, step: int) -> StepResult:
         training = self.spec.training
@@ -173,33 +207,52 @@ class Training:
         return step == self.order.total_steps or (step > 0 and every is not None and step % every == 0)
 
     def _evaluate(self) -> None:
-        step = self.progress.step
-        if self.eval_rows is None:
-            self.progress.last_eval_step = step
-            return
-        self.status.beat(Activity.EVALUATING)
-        loss = evaluate(
+        """Measures everything at this step and only then takes note: an evaluation that is cut short is done again."""
+        step, progress = self.progress.step, self.progress
+        values: dict[str, float] = {}
+        if self.eval_rows is not None or self.benchmarks is not None:
+            self.status.beat(Activity.EVALUATING)
+        if self.eval_rows is not None:
+            values |= self._held_out(self.eval_rows, step)
+        if self.benchmarks is not None:
+            scores = self.benchmarks.run(self.engine, step, self._must_leave, self.status.beat)
+            if scores is None:
+                self._leave()
+            values |= scores
+            log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        if "EvalLoss" in values:
+            progress.eval_loss = values["EvalLoss"]
+            self.tracking.log(step, eval_loss=progress.eval_loss)
+            if progress.last_eval_step is None:
+                progress.base_eval_loss = progress.eval_loss
+                self.tracking.log(step, base_eval_loss=progress.base_eval_loss)
+        progress.last_eval_step = step
+        if values:
+            progress.metrics.append({"step": step, "values": values})
+            self.status.beat(
+                eval_loss=progress.eval_loss, base_eval_loss=progress.base_eval_loss, metrics=progress.newest_metrics()
+            )
+        if values and self.journal is not None:
+            facts = (
+                {"eval_loss": values["EvalLoss"], "eval_loss_hex": values["EvalLoss"].hex()} if self.eval_rows else {}
+            )
+            self.journal.event(step, **facts, metrics=values)
+
+    def _held_out(self, rows: Rows, step: int) -> dict[str, float]:
+        found = evaluate(
             self.engine,
-            self.eval_rows,
+            rows,
             self.world,
             micro_batch_size=self.spec.training.micro_batch_size,
             stop_requested=self._must_leave,
             beat=self.status.beat,
         )
-        if loss is None:
+        if found is None:
             self._leave()
-            return
-        if not math.isfinite(loss):
-            raise NonFiniteLossError(f"step {step}: held-out loss {loss}")
-        if self.progress.last_eval_step is None:
-            self.progress.base_eval_loss = loss
-            self.tracking.log(step, base_eval_loss=loss)
-        self.progress.eval_loss, self.progress.last_eval_step = loss, step
-        self.status.beat(eval_loss=loss, base_eval_loss=self.progress.base_eval_loss)
-        if self.journal is not None:
-            self.journal.event(step, eval_loss=loss, eval_loss_hex=loss.hex())
-        self.tracking.log(step, eval_loss=loss)
-        log.info("step %d  held-out loss %.4f", step, loss)
+        if not math.isfinite(found.loss):
+            raise NonFiniteLossError(f"step {step}: held-out loss {found.loss}")
+        log.info("step %d  held-out loss %.4f  token accuracy %.4f", step, found.loss, found.token_accuracy)
+        return {"EvalLoss": found.loss, "TokenAccuracy": found.token_accuracy}
 
     def _save(self) -> None:
         started = time.perf_counter()
@@ -238,7 +291,7 @@ class Training:
         """Asked to stop, or unable to save: all ranks then come to `_leave` at the same step."""
         return self.stop_requested() or self.checkpoints.failed
 
-    def _leave(self) -> None:
+    def _leave(self) -> NoReturn:
         """All ranks are here at the same step: one pod was asked to stop, or a save has failed, which is told here."""
         self._finish_save()
         step = self.progress.step

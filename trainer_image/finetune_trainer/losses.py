@@ -45,6 +45,11 @@ def cross_entropy_sum(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tens
     return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=IGNORE, reduction="sum")
 
 
+def measure(logits: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum of cross-entropies, and the number of targets that have the highest logit; no token has the one left out."""
+    return cross_entropy_sum(logits, targets), (logits.argmax(dim=-1) == targets).sum()
+
+
 class _Chunked(torch.autograd.Function):
     """Computes loss and gradients chunk by chunk in the forward pass, where the logits are; the backward pass only scales.
 
@@ -92,8 +97,8 @@ class FusedHead:
     def __init__(self, head: torch.nn.Linear, *, liger: bool, chunk_bytes: int = CHUNK_BYTES) -> None:
         self._head, self._liger, self._chunk_bytes = head, liger, chunk_bytes
         self._targets: torch.Tensor | None = None
-        self.returned: torch.Tensor | None = None
-        """The loss of the last forward pass, for `install`'s trial."""
+        self.measured: tuple[torch.Tensor, torch.Tensor]
+        """Without gradients: what `measure` says of the last forward pass."""
         head.forward = self._forward  # type: ignore[method-assign,assignment]
 
     def remove(self) -> None:
@@ -101,17 +106,20 @@ class FusedHead:
         del self._head.forward
 
     @contextmanager
-    def computing(self, targets: torch.Tensor) -> Iterator[None]:
+    def computing(self, targets: torch.Tensor) -> Iterator["FusedHead"]:
         """Within it the head returns the sum of losses, shaped (1, 1, 1), in place of logits."""
         self._targets = targets
         try:
-            yield
+            yield self
         finally:
             self._targets = None
 
     def _forward(self, hidden: torch.Tensor) -> torch.Tensor:
         if self._targets is None:
             return F.linear(hidden, self._head.weight)
+        if not torch.is_grad_enabled():
+            self.measured = self._measure(hidden.flatten(0, 1), self._targets.flatten())
+            return self.measured[0].view(1, 1, 1)
         if self._liger and hidden.is_cuda:
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
@@ -120,9 +128,18 @@ class FusedHead:
             )
         else:
             loss = linear_cross_entropy(hidden, self._head.weight, self._targets, chunk_bytes=self._chunk_bytes)
-        self.returned = loss.detach()
         shaped: torch.Tensor = loss.view(1, 1, 1)
         return shaped
+
+    def _measure(self, hidden: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In chunks, so that an evaluation needs no more memory than a step."""
+        chunk = max(1, self._chunk_bytes // (4 * self._head.weight.shape[0]))
+        parts = [
+            measure(F.linear(hidden[None, at : at + chunk], self._head.weight), targets[None, at : at + chunk])
+            for at in range(0, len(targets), chunk)
+        ]
+        losses, counts = zip(*parts, strict=True)
+        return torch.stack(losses).sum(), torch.stack(counts).sum()
 
 
 def install(
@@ -170,4 +187,4 @@ def _returns_what_the_head_returns(
         return False
     finally:
         engine.train(training)
-    return fused.returned is not None and output.numel() == 1 and bool(output.item() == fused.returned.item())
+    return output.numel() == 1 and bool(output.item() == fused.measured[0].item())

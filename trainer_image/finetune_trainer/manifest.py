@@ -25,6 +25,17 @@ class Progress:
     base_eval_loss: float | None = None
     eval_loss: float | None = None
     last_eval_step: int | None = None
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """Every evaluation so far, oldest first: `step` and `values`, a number for each metric's name."""
+
+    def newest_metrics(self) -> dict[str, dict[str, float]]:
+        """Of each metric its newest `value`, its first (`base`) and the newest one's `step`."""
+        newest: dict[str, dict[str, float]] = {}
+        for evaluation in self.metrics:
+            for name, value in evaluation["values"].items():
+                base = newest.get(name, {"base": value})["base"]
+                newest[name] = {"value": value, "base": base, "step": evaluation["step"]}
+        return newest
 
 
 @dataclass(frozen=True)
@@ -106,9 +117,14 @@ def commit(temporary: Path, final: Path) -> None:
     fsync_path(final.parent)
 
 
-def retain(root: Path, keep: int) -> None:
-    """Deletes all but the newest `keep` checkpoints, each by a rename first so that no half-deleted one is ever seen."""
+def retain(root: Path, keep: int, spare: int | None = None) -> None:
+    """Deletes all but the newest `keep` checkpoints and that of the step `spare`.
+
+    Each is renamed first, so that no half-deleted one is ever seen.
+    """
     for path in complete_checkpoints(root)[keep:]:
+        if spare is not None and path == step_folder(root, spare):
+            continue
         doomed = path.with_name(f".{path.name}.tmp-delete")
         path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)

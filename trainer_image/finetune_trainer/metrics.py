@@ -70,6 +70,7 @@ class RankCollector(Collector):
             for state in states:
                 gauge.add_metric([str(state.rank), state.device], getattr(state, field))
             yield gauge
+        yield from _evaluations(states)
         yield _activities(states)
 
 
@@ -79,6 +80,24 @@ def _fill(family: Family, states: list[RankState], field: str) -> Family:
         if value is not None:
             family.add_metric([str(state.rank)], value)
     return family
+
+
+def _evaluations(states: list[RankState]) -> Iterator[Metric]:
+    accuracy = GaugeMetricFamily(
+        PREFIX + "eval_token_accuracy_ratio", "Share of held-out target tokens that are the likeliest", labels=["rank"]
+    )
+    passes = GaugeMetricFamily(
+        PREFIX + "benchmark_pass_ratio", "Newest pass@k of a benchmark, 0 to 1", labels=["rank", "benchmark", "k"]
+    )
+    for state in states:
+        for name, metric in state.metrics.items():
+            benchmark, found, k = name.partition("PassAt")
+            if found:
+                passes.add_metric([str(state.rank), benchmark, k], metric["value"])
+            elif name == "TokenAccuracy":
+                accuracy.add_metric([str(state.rank)], metric["value"])
+    yield accuracy
+    yield passes
 
 
 def _activities(states: list[RankState]) -> GaugeMetricFamily:

@@ -7,6 +7,7 @@ from finetune_api.reports import (
     TERMINATION_MESSAGE_LIMIT_BYTES,
     TRACEBACK_LIMIT,
     Activity,
+    MetricReport,
     ProgressReport,
     TerminationReport,
 )
@@ -17,6 +18,15 @@ MESSAGE_LIMIT = 1500
 
 def _time(seconds: float | None) -> datetime | None:
     return None if seconds is None else datetime.fromtimestamp(seconds, UTC)
+
+
+def _metrics(state: RankState) -> list[MetricReport]:
+    """Beside the held-out loss, which has fields of its own."""
+    return [
+        MetricReport(name=name, value=m["value"], base_value=m["base"], step=int(m["step"]))
+        for name, m in state.metrics.items()
+        if name != "EvalLoss"
+    ]
 
 
 def progress_report(state: RankState) -> ProgressReport:
@@ -43,6 +53,7 @@ def progress_report(state: RankState) -> ProgressReport:
         last_checkpoint_time=_time(state.last_checkpoint_time),
         model_revision=state.model_revision,
         heartbeat_time=heartbeat,
+        metrics=_metrics(state),
     )
 
 
@@ -77,6 +88,7 @@ def termination_report(
             base_eval_loss=facts.base_eval_loss,
             eval_loss=facts.eval_loss,
             model_revision=facts.model_revision,
+            metrics=_metrics(facts),
         )
         if len(report.to_json().encode()) <= TERMINATION_MESSAGE_LIMIT_BYTES:
             return report

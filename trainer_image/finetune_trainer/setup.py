@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api.launch import LaunchDataset, LaunchSpec
+from finetune_api.launch import LaunchBenchmark, LaunchDataset, LaunchSpec
 from finetune_trainer import model as models
 from finetune_trainer.claims import AttemptClaim, claim_output
 from finetune_trainer.config import fingerprint
@@ -44,6 +44,7 @@ class Sources:
     model_revision: str | None
     train: list[tuple[LaunchDataset, Path]]
     evaluation: list[tuple[LaunchDataset, Path]]
+    benchmarks: list[tuple[LaunchBenchmark, Path]]
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,8 @@ class Data:
     order: RowOrder
     report: dict[str, Any]
     """For `train` and `evaluation` what became of each data set's records, and `padding_share`."""
+    benchmarks: Any
+    """`evaluation.benchmark.Benchmarks`, or None."""
 
 
 def claim(spec: LaunchSpec, world: World) -> AttemptClaim | None:
@@ -73,7 +76,8 @@ def claim(spec: LaunchSpec, world: World) -> AttemptClaim | None:
 def locate(spec: LaunchSpec, world: World) -> Sources:
     """Resolves revisions on rank 0, downloads on the first rank of each node, and returns local paths on all."""
     datasets = [*spec.train, *spec.evaluation]
-    named = [(spec.model.source, spec.model.uri, "model"), *((d.source, d.uri, "datasets") for d in datasets)]
+    everything: list[LaunchDataset | LaunchBenchmark] = [*datasets, *spec.benchmarks]
+    named = [(spec.model.source, spec.model.uri, "model"), *((d.source, d.uri, "datasets") for d in everything)]
 
     def resolve() -> list[str | None]:
         return [resolve_revision(*item) for item in named] if world.is_first else []
@@ -93,8 +97,9 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
     found = found if world.is_first_of_node else paths()
     world.wait_for_all("located")
     go_offline()
-    data = list(zip(datasets, found[1:], strict=True))
-    return Sources(found[0], commits[0], data[: len(spec.train)], data[len(spec.train) :])
+    data = list(zip(datasets, found[1 : len(datasets) + 1], strict=True))
+    benchmarks = list(zip(spec.benchmarks, found[len(datasets) + 1 :], strict=True))
+    return Sources(found[0], commits[0], data[: len(spec.train)], data[len(spec.train) :], benchmarks)
 
 
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
@@ -138,7 +143,33 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
             len(rows[name].store.ids),
         )
     log.info("train: %.1f %% of the tokens that are computed are padding", 100 * padding)
-    return Data(tokenizer, rows["train"], metas["train"]["digest"], rows.get("evaluation"), order, report)
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    benchmarks = load_benchmarks(spec, sources, tokenizer, world, scratch, limit)
+    digest = metas["train"]["digest"]
+    return Data(tokenizer, rows["train"], digest, rows.get("evaluation"), order, report, benchmarks)
+
+
+def load_benchmarks(
+    spec: LaunchSpec, sources: Sources, tokenizer: Any, world: World, scratch: Path, position_limit: int | None
+) -> Any:
+    """Reads the problems and proves the sandbox, before anything heavy is loaded; None without benchmarks."""
+    if not sources.benchmarks:
+        return None
+    from finetune_trainer.evaluation.benchmark import Benchmarks, open_sandbox
+    from finetune_trainer.evaluation.problems import read_problems
+
+    return Benchmarks(
+        problems={
+            b.benchmark: read_problems(path, b.benchmark, b.uri, b.max_samples) for b, path in sources.benchmarks
+        },
+        generation=spec.generation,
+        tokenizer=tokenizer,
+        sandbox=open_sandbox(scratch),
+        world=world,
+        seed=spec.training.seed,
+        workers=spec.threads_per_process,
+        position_limit=position_limit,
+    )
 
 
 def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
@@ -184,17 +215,20 @@ def prepare_training(
 
     root = Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
-    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run, spec.attempt)
+    metric = spec.selection.metric
+    checkpoints = Checkpoints(root, spec.checkpoint.keep, world, own_claim, print_of_run, spec.attempt, metric)
     order = data.order
     resumed = checkpoints.restore(engine)
     progress = resumed or Progress()
     facts = asdict(progress)
     facts.pop("last_eval_step")
+    facts.pop("metrics")
     status.beat(
         total_steps=order.total_steps,
         resumed_from_step=progress.step,
         last_checkpoint_step=progress.step if resumed else None,
         epoch=round(order.epoch_after(progress.step), 4),
+        metrics=progress.newest_metrics(),
         **facts,
     )
     return Training(
@@ -203,6 +237,7 @@ def prepare_training(
         engine=engine,
         rows=data.train,
         eval_rows=data.evaluation,
+        benchmarks=data.benchmarks,
         order=order,
         checkpoints=checkpoints,
         progress=progress,
@@ -231,9 +266,11 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
     world: World = training.world
     own_claim: AttemptClaim | None = training.checkpoints.claim
     world.together(lambda: own_claim.check() if own_claim else None)
+    exported_step = training.choose_result()
     progress: Progress = training.progress
     result = {
         **asdict(progress),
+        "exported_step": exported_step,
         "model_uri": spec.model.uri,
         "model_revision": sources.model_revision,
         "attempt": spec.attempt,

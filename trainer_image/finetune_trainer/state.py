@@ -6,7 +6,7 @@ The rank writes and never waits; the supervisor reads when it is asked. A failur
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,10 @@ class RankState:
     memory_reserved_bytes: int = 0
     """On CPU: the same as used. On CUDA: held by torch's allocator."""
     memory_peak_bytes: int = 0
+    metrics: dict[str, dict[str, float]] = field(default_factory=dict)
+    """`Progress.newest_metrics`."""
+    note: str = ""
+    """What people should know of a success, such as that it ended early."""
     heartbeat_time: float = 0.0
     """Wall clock, for people."""
     heartbeat_monotonic: float = 0.0

@@ -18,7 +18,7 @@ from finetune_trainer.data.order import hash64
 from finetune_trainer.distributed import World
 from finetune_trainer.inputs import Inputs, inputs_of
 from finetune_trainer.kernels import kernels_of
-from finetune_trainer.losses import cross_entropy_sum
+from finetune_trainer.losses import cross_entropy_sum, measure
 from finetune_trainer.prefetch import Prefetcher
 
 
@@ -36,6 +36,16 @@ class StepResult:
     stop: bool
     """Whether any rank was asked to leave: the same on all ranks."""
     data_wait_seconds: float
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured on held-out rows."""
+
+    loss: float
+    """Mean for each target token."""
+    token_accuracy: float
+    """Share of target tokens that the model holds for the likeliest."""
 
 
 def loss_sum(model: Any, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -56,6 +66,21 @@ def loss_of(model: Any, inputs: Inputs) -> torch.Tensor:
     with head.computing(inputs.targets):
         loss: torch.Tensor = model(**inputs.arguments).logits.view(())
     return loss
+
+
+@torch.no_grad()
+def measures_of(model: Any, batch: Batch, device: torch.device) -> tuple[float, int]:
+    """Sum of the token losses of a batch, and the number of targets that the model holds for the likeliest token."""
+    kernels = kernels_of(model)
+    inputs = inputs_of(batch, by_layout=kernels.attention.by_layout).to(device)
+    if kernels.head is None:
+        measured = measure(model(**inputs.arguments).logits, inputs.targets)
+    else:
+        with kernels.head.computing(inputs.targets) as head:
+            model(**inputs.arguments)
+            measured = head.measured
+    loss, correct = measured
+    return float(loss), int(correct)
 
 
 @dataclass(frozen=True)
@@ -157,28 +182,30 @@ def evaluate(
     micro_batch_size: int,
     stop_requested: Callable[[], bool],
     beat: Callable[[], None],
-) -> float | None:
-    """Mean loss for each target token on held-out rows; all ranks call it.
+) -> HeldOut | None:
+    """Mean loss for each target token, and accuracy, on held-out rows; all ranks call it.
 
     Batches do not depend on the number of ranks, and their sums are added in one fixed order, so that neither does the result.
 
     Returns:
-        The mean; None if any rank was asked to leave before the end.
+        The measures; None if any rank was asked to leave before the end.
     """
     order = sorted(range(len(rows)), key=lambda row: (-int(rows.row_lengths[row]), row))  # least padding
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
-    sums = [0.0] * len(batches)
+    sums, correct = [0.0] * len(batches), 0
     engine.eval()
     try:
         for round_start in range(0, len(batches), world.size):
             index = round_start + world.rank
             batch = rows.batch(batches[index] if index < len(batches) else [None])
-            value = loss_sum(engine, batch, world.device).item()
+            value, right = measures_of(engine, batch, world.device)
             if index < len(batches):
                 sums[index] = value
+                correct += right
             beat()
             if world.sum([float(stop_requested())])[0] > 0:
                 return None
     finally:
         engine.train()
-    return math.fsum(world.sum(sums)) / int(rows.row_targets.sum())
+    targets = int(rows.row_targets.sum())
+    return HeldOut(math.fsum(world.sum(sums)) / targets, world.sum([correct])[0] / targets)

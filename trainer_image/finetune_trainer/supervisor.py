@@ -160,7 +160,8 @@ def _oom_hint() -> str:
 
 
 def _write_report(path: Path, state: RankState | None, outcome: Outcome) -> None:
-    report = termination_report(state, outcome.reason, outcome.message, outcome.rank, outcome.traceback)
+    note = state.note if state is not None and outcome.reason is None else ""
+    report = termination_report(state, outcome.reason, outcome.message or note, outcome.rank, outcome.traceback)
     if outcome.reason is None:
         log.info("done: step %d, eval loss %s", report.step, report.eval_loss)
     else:

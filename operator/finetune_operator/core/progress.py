@@ -2,8 +2,8 @@
 
 from datetime import datetime, timedelta
 
-from finetune_api.reports import Activity, ProgressReport, TerminationReport
-from finetune_api.status import FineTuneJobStatus, ProgressStatus
+from finetune_api.reports import Activity, MetricReport, ProgressReport, TerminationReport
+from finetune_api.status import MAX_METRICS, FineTuneJobStatus, MetricStatus, ProgressStatus
 from finetune_operator.core.attempts import absorb, absorb_reports
 from finetune_operator.core.observe import Observed
 from finetune_operator.core.settings import PlanConfig
@@ -22,6 +22,14 @@ _PHASES = {
 def number(value: float | None) -> str | None:
     """A number as text; status has no floats."""
     return None if value is None else f"{value:.6g}"
+
+
+def metrics(reports: list[MetricReport]) -> list[MetricStatus]:
+    """Metrics as text."""
+    return [
+        MetricStatus(name=m.name, value=f"{m.value:.6g}", base_value=f"{m.base_value:.6g}", step=m.step)
+        for m in reports[:MAX_METRICS]
+    ]
 
 
 def summary(step: int, total: int | None) -> str:
@@ -66,6 +74,7 @@ def take_report(status: FineTuneJobStatus, report: ProgressReport, now: datetime
         tokens_per_second=number(report.tokens_per_second),
         eta_seconds=round(report.eta_seconds) if report.eta_seconds is not None else None,
         update_time=old.update_time if old else None,
+        metrics=metrics(report.metrics) or (old.metrics if old else []),
     )
     if new == old and new.update_time is not None:
         return status
@@ -105,6 +114,7 @@ def take_result(status: FineTuneJobStatus, report: TerminationReport, now: datet
             "base_eval_loss": number(report.base_eval_loss) or old.base_eval_loss,
             "eta_seconds": None,
             "update_time": now,
+            "metrics": metrics(report.metrics) or old.metrics,
         }
     )
     return status.model_copy(update={"progress": progress})

@@ -7,14 +7,17 @@ from finetune_api.launch import (
     HubSource,
     JobIdentity,
     LaunchAdapter,
+    LaunchBenchmark,
     LaunchCheckpoint,
     LaunchDataset,
     LaunchDeepSpeed,
     LaunchFreeze,
+    LaunchGeneration,
     LaunchModel,
     LaunchOutput,
     LaunchQuantization,
     LaunchSchedulerParameters,
+    LaunchSelection,
     LaunchSpec,
     LaunchTensorBoard,
     LaunchTracking,
@@ -28,6 +31,7 @@ from finetune_api.spec import (
     DatasetSpec,
     FineTuneJobSpec,
     FreezeSpec,
+    GenerationSpec,
     Method,
     ModelSpec,
     OutputSpec,
@@ -111,7 +115,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         hang_timeout_seconds=config.hang_timeout_seconds,
         model=_model(spec.model, plan, mounts),
         train=[_dataset(dataset, mounts) for dataset in spec.datasets.train],
-        evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation],
+        evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation if dataset.benchmark is None],
         method=spec.method,
         adapter=_adapter(spec.adapter or AdapterSpec()) if spec.method in (Method.LORA, Method.QLORA) else None,
         training=_training(spec, plan),
@@ -134,6 +138,14 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         quantization=_quantization(spec.quantization or QuantizationSpec()) if spec.method is Method.QLORA else None,
         output=_output(spec.output),
         tracking=_tracking(spec.tracking or TrackingSpec(), job, mounts),
+        benchmarks=_benchmarks(spec, mounts),
+        generation=_generation(spec.evaluation.generation),
+        selection=LaunchSelection(
+            metric=spec.evaluation.metric,
+            export_best=spec.evaluation.export_best,
+            early_stopping_patience=spec.evaluation.early_stopping_patience,
+            early_stopping_min_delta=float(spec.evaluation.early_stopping_min_delta or "0"),
+        ),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
 
@@ -287,4 +299,29 @@ def _tracking(tracking: TrackingSpec, job: FineTuneJob, mounts: Mounts) -> Launc
             token_file=mounts.token_file(wandb.credentials_ref),
         ),
         tensor_board=None if board is None else LaunchTensorBoard(dir=local_path(child(board.uri, _own_folder(job)))),
+    )
+
+
+def _benchmarks(spec: FineTuneJobSpec, mounts: Mounts) -> list[LaunchBenchmark]:
+    return [
+        LaunchBenchmark(
+            uri=dataset.uri,
+            source=_source(dataset.uri, dataset.revision, dataset.credentials_ref, mounts),
+            benchmark=dataset.benchmark,
+            max_samples=dataset.max_samples,
+        )
+        for dataset in spec.datasets.evaluation
+        if dataset.benchmark is not None
+    ]
+
+
+def _generation(generation: GenerationSpec) -> LaunchGeneration:
+    return LaunchGeneration(
+        samples=generation.samples,
+        temperature=float(generation.temperature),
+        top_p=float(generation.top_p),
+        max_new_tokens=generation.max_new_tokens,
+        batch_size=generation.batch_size,
+        k=generation.k,
+        timeout_seconds=generation.timeout_seconds,
     )

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from finetune_api.reasons import Reason
-from finetune_api.reports import Activity, TerminationReport
+from finetune_api.reports import Activity, MetricReport, TerminationReport
 from finetune_api.status import ConditionType, State
 from finetune_operator.core.conditions import find, is_true
 from finetune_operator.core.observe import Waiting
@@ -283,6 +283,20 @@ def test_success_tells_the_losses_and_the_output() -> None:
     assert [e.reason for e in decision.events] == ["Complete"]
     assert world.job.status.progress is not None
     assert world.job.status.progress.summary == "400/400 (100%)"
+
+
+def test_success_tells_an_early_stop_and_the_metrics() -> None:
+    world = started()
+    metric = MetricReport(name="HumanEvalPassAt1", value=0.25, base_value=0.125, step=30)
+    words_of_trainer = "Stopped early after 30 of 400 steps: EvalLoss has not improved in 3 evaluations."
+    message = report(None, words_of_trainer, step=30, total_steps=400, loss=1.2, metrics=[metric])
+    world.set_pod(ended(index=0, message=message))
+    world.step(1)
+    assert words(world) == (State.COMPLETE, "Complete")
+    assert (world.job.status.message or "").startswith(words_of_trainer + " Training loss 1.2 after 30 steps. Output: ")
+    assert world.job.status.progress is not None
+    (shown,) = world.job.status.progress.metrics
+    assert shown.to_wire() == {"name": "HumanEvalPassAt1", "value": "0.25", "baseValue": "0.125", "step": 30}
 
 
 def test_success_comes_before_suspension_and_deadline() -> None:

@@ -148,3 +148,39 @@ def test_tracking_is_off_by_default() -> None:
 def test_shard_sizes(text: str, size: int) -> None:
     job = make_job(output={"uri": "pvc://data/out/tune", "maxShardSize": text})
     assert resolve(job, 1, CONFIG).launch.output.max_shard_bytes == size
+
+
+def test_benchmarks_are_told_from_held_out_data() -> None:
+    job = make_job(
+        datasets={
+            "train": [{"uri": "pvc://raw/a"}],
+            "evaluation": [
+                {"uri": "pvc://raw/heldout.jsonl"},
+                {"uri": "pvc://problems/HumanEval.jsonl.gz", "benchmark": "HumanEval", "maxSamples": 20},
+            ],
+        },
+        evaluation={
+            "metric": "HumanEvalPassAt1",
+            "exportBest": True,
+            "earlyStoppingPatience": 2,
+            "earlyStoppingMinDelta": "0.005",
+            "generation": {"samples": 10, "temperature": "0.8", "topP": "0.95", "k": [1, 10]},
+        },
+        training={"evalEverySteps": 10},
+    )
+    resolved = resolve(job, 1, CONFIG)
+    launch = resolved.launch
+    assert [data.uri for data in launch.evaluation] == ["pvc://raw/heldout.jsonl"]
+    (benchmark,) = launch.benchmarks
+    assert (benchmark.benchmark, benchmark.max_samples) == ("HumanEval", 20)
+    assert getattr(benchmark.source, "path", None) == "/mnt/pvc/problems/HumanEval.jsonl.gz"
+    assert {c.claim: c.read_only for c in resolved.mounts.claims}["problems"]
+    generation, selection = launch.generation, launch.selection
+    assert (generation.samples, generation.temperature, generation.top_p, generation.k) == (10, 0.8, 0.95, [1, 10])
+    assert (selection.metric, selection.export_best) == ("HumanEvalPassAt1", True)
+    assert (selection.early_stopping_patience, selection.early_stopping_min_delta) == (2, 0.005)
+
+
+def test_nothing_is_selected_by_default() -> None:
+    selection = resolve(make_job(), 1, CONFIG).launch.selection
+    assert (selection.metric, selection.export_best, selection.early_stopping_patience) == (None, False, None)

@@ -20,6 +20,8 @@ def complete(s: Situation) -> Plan | None:
         status = take_result(status, report, s.now)
     status = replace_last(status, end_time=s.now, lost_steps=0)
     message = _message(s.with_status(status))
+    if report is not None and report.message:
+        message = f"{report.message} {message}"
     status = finish(s.with_status(status), ConditionType.COMPLETE, REASON, message)
     return Plan(status, events=(Event("Normal", REASON, message),), requeue_after=_ttl(s))
 
