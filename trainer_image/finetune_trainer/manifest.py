@@ -10,7 +10,7 @@ from typing import Any
 from finetune_trainer.files import fsync_path, sha256_file, write_json
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 _STEP = re.compile(r"^step-(\d{8})$")
 
 
