@@ -157,7 +157,8 @@ def _interrupt(run: LocalRun, *, first: bool) -> None:
 @contextmanager
 def _signals(received: list[int]) -> Iterator[None]:
     """Collects signals that ask to stop, instead of ending this process."""
-    old = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in _SIGNALS}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    old = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in heeded}
     try:
         yield
     finally:
