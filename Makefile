@@ -11,7 +11,7 @@ demo: ## Cluster, operator and a fine-tuned model, from nothing (about 25 min; a
 	@exec $(PYTHON) -m demo
 
 .PHONY: run
-run: ## The demo's job on this machine, without a cluster (about 7 min; again: the training); ARGS=--fresh begins anew
+run: ## The demo's job on this machine, without a cluster; ARGS=--fresh begins anew
 	@exec $(PYTHON) -m demo run $(ARGS)
 
 .PHONY: test

@@ -157,7 +157,8 @@ def _interrupt(run: LocalRun, *, first: bool) -> None:
 @contextmanager
 def _signals(received: list[int]) -> Iterator[None]:
     """Collects signals that ask to stop, instead of ending this process."""
-    old = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in _SIGNALS}
+    heeded = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]  # nohup ignores SIGHUP
+    old = {number: signal.signal(number, lambda n, _frame: received.append(n)) for number in heeded}
     try:
         yield
     finally:
@@ -195,8 +196,10 @@ def _outcome(job: FineTuneJob, options: argparse.Namespace, places: machine.Plac
     status = job.status
     if status.state is State.SUSPENDED:
         step = status.last_checkpoint.step if status.last_checkpoint else None
-        saved = f"saved at step {step}" if step is not None else "nothing saved yet"
-        print(f"interrupted, {saved}; the same command goes on from there")
+        if step is None:
+            print("interrupted, nothing was saved; the same command starts at step 0")
+        else:
+            print(f"interrupted, saved at step {step}; the same command goes on from there")
         return INTERRUPTED
     if status.state is not State.COMPLETE:
         print("failed; correct the cause and begin anew with `--fresh`", file=sys.stderr)

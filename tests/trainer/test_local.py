@@ -20,6 +20,7 @@ from finetune_cli import run
 from finetune_cli.errors import CliError
 from finetune_operator.core.resolve import resolve
 from finetune_operator.core.settings import PlanConfig
+from finetune_trainer.server import bind
 from finetune_trainer.state import RankState, read_state
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets
@@ -95,7 +96,7 @@ class Machine:
 
     @property
     def kept(self) -> dict[str, Any]:
-        kept: dict[str, Any] = json.loads((self.folder / "checkpoints" / "default-tiny.run" / "job.json").read_text())
+        kept: dict[str, Any] = json.loads((self.folder / "checkpoints" / "default.tiny.run" / "job.json").read_text())
         return kept
 
     @property
@@ -208,6 +209,11 @@ def test_interrupted_and_gone_on_is_identical(unbroken: Machine, tmp_path: Path)
     assert attempts[1]["fromStep"] == status["lastCheckpoint"]["step"], "nothing was lost"
     assert machine.kept["status"]["restarts"] == 0
     assert machine.weights == unbroken.weights
+
+
+def test_the_supervisor_listens_where_it_is_told() -> None:
+    with bind(jobs.free_port(), "127.0.0.1") as here, bind(jobs.free_port()) as everywhere:
+        assert (here.getsockname()[0], everywhere.getsockname()[0]) == ("127.0.0.1", "0.0.0.0")
 
 
 def test_a_wrong_manifest_starts_nothing(unbroken: Machine, tmp_path: Path) -> None:

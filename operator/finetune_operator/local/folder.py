@@ -38,7 +38,7 @@ class Folder:
         Raises:
             LocalError: it cannot be written, another process holds it, or what it holds cannot be read.
         """
-        path = root / f"{namespace}-{name}.run"
+        path = root / f"{namespace}.{name}.run"  # neither has a dot: no two jobs share a folder
         try:
             path.mkdir(parents=True, exist_ok=True)
             lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
@@ -68,9 +68,12 @@ class Folder:
         return manifest
 
     def forget(self) -> None:
-        """Begins anew: the earlier run's record is kept under another name, its checkpoints and its output are not touched."""
+        """Begins anew: the earlier run's record and logs are put aside, its checkpoints and its output are not touched."""
         if self.record:
-            (self.path / _FILE).rename(self.path / f"job-{self.record['uid'][:8]}.json")
+            aside = self.path / f"earlier-{self.record['uid'][:8]}"
+            aside.mkdir(exist_ok=True)
+            for file in (*self.path.glob("attempt-*"), self.path / _FILE):
+                file.rename(aside / file.name)
             self.record = {}
 
     def take(self, manifest: dict[str, Any]) -> FineTuneJob:

@@ -21,6 +21,7 @@ from pydantic import ValidationError
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, ProgressReport
+from finetune_operator.local.machine import LocalError
 
 HOST = "127.0.0.1"
 POLL_SECONDS = 1.0
@@ -92,8 +93,11 @@ class Trainer:
     def start(self, environment: Mapping[str, str], lock: int, start: Start = start_process) -> None:
         """Starts the supervisor and begins to ask it for its progress."""
         launch_file = self.folder / f"attempt-{self.launch.attempt}.launch.json"
-        launch_file.write_text(self.launch.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
-        self.report.unlink(missing_ok=True)
+        try:
+            launch_file.write_text(self.launch.model_dump_json(by_alias=True, indent=2) + "\n", encoding="utf-8")
+            self.report.unlink(missing_ok=True)
+        except OSError as error:
+            raise LocalError(f"{self.folder} cannot be written: {error.strerror}") from error
         command = [sys.executable, "-m", "finetune_trainer", "--launch", str(launch_file)]
         command += ["--termination-log", str(self.report), "--http-host", HOST]
         # A folder `datasets` or `torch` in the current one must not be imported.

@@ -56,7 +56,7 @@ class Command:
         return process.returncode, said
 
     def log(self, attempt: int = 1) -> str:
-        path = self.folder / "checkpoints" / "default-good.run" / f"attempt-{attempt}.log"
+        path = self.folder / "checkpoints" / "default.good.run" / f"attempt-{attempt}.log"
         return path.read_text() if path.exists() else ""
 
     def wait_for_start(self, attempt: int = 1) -> int:

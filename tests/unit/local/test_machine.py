@@ -126,9 +126,10 @@ def test_a_folder_belongs_to_one_run_and_keeps_its_identity(tmp_path: Path) -> N
     resumed = again.take(changed)
     assert resumed.metadata.uid == job.metadata.uid and resumed.status.restarts == 3
     assert (job.metadata.generation, resumed.metadata.generation) == (1, 2)
+    (again.path / "attempt-1.log").touch()
     again.forget()
     fresh = again.take(body)
     assert fresh.metadata.uid != job.metadata.uid and fresh.status.restarts is None
-    kept = list((tmp_path / "team-tune.run").glob(f"job-{job.metadata.uid[:8]}.json"))
-    assert len(kept) == 1, "nothing is thrown away"
+    kept = tmp_path / "team.tune.run" / f"earlier-{job.metadata.uid[:8]}"
+    assert {file.name for file in kept.iterdir()} == {"job.json", "attempt-1.log"}, "nothing is thrown away"
     again.close()
