@@ -103,24 +103,24 @@ from finetune_api.launch import LaunchDataset
 from finetune_trainer.data.store import build_store
 from finetune_trainer.data.tokenize import Encoder
 
-path = Path(sys.argv[1])
-dataset = LaunchDataset.model_validate(jobs.dataset(path))
-store = build_store([(dataset, path)], Encoder(tiny.make_tokenizer(), "x"), 4096, lambda: None, folder=path.parent / "store")
-print(len(store.ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+for name in sys.argv[1:]:
+    path = Path(name)
+    dataset = LaunchDataset.model_validate(jobs.dataset(path))
+    encoder = Encoder(tiny.make_tokenizer(), "x")
+    store = build_store([(dataset, path)], encoder, 4096, lambda: None, folder=path.with_suffix(".store"))
+    print(len(store.ids), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
 
 
 def test_building_takes_no_memory_for_the_tokens(tmp_path: Path) -> None:
     """Ten times the data, the same peak: as lists of Python integers the tokens alone would take 8 bytes each and more."""
-    peaks = []
-    for count in (1000, 10000):
-        line = json.dumps({"text": "the red cat " * 20}) + "\n"
-        path = tmp_path / f"{count}.jsonl"
-        path.write_text(line * count)
-        command = [sys.executable, "-c", MEMORY, str(path)]
-        out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
-        peaks.append((int(out[-2]), int(out[-1])))
-    (few, low), (many, high) = peaks
+    line = json.dumps({"text": "the red cat " * 20}) + "\n"
+    paths = [tmp_path / f"{count}.jsonl" for count in (1000, 10000)]
+    for path in paths:
+        path.write_text(line * int(path.stem))
+    command = [sys.executable, "-c", MEMORY, *map(str, paths)]
+    out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()
+    few, low, many, high = map(int, out[-4:])
     assert many == 10 * few
     assert (high - low) * 1024 < 8 * (many - few), f"{few} tokens took {low} kB, {many} took {high} kB"
 
@@ -130,7 +130,7 @@ def test_the_second_attempt_takes_the_cache_and_the_report_says_what_was_lost(
 ) -> None:
     pieces = {"training__overlong": "Split", "training__maxLength": 24, "training__groupByLength": True}
     data = [jobs.dataset(assets.train, weight=2.0), jobs.dataset(assets.evaluation, weight=1.0)]
-    two = {**pieces, "numProcPerNode": 2, "training__microBatchSize": 1}
+    two = {**pieces, "numProcPerNode": 2}
     killed = start(tmp_path / "killed", train=data, **two)
     whole = start(tmp_path / "whole", train=data, **two)
     killed.wait_for_step(3, 1)

@@ -236,7 +236,7 @@ def test_real_tokenizer_of_smollm2(tmp_path: Path) -> None:
     turns = [Message("user", "2+2?"), Message("assistant", "It is 4."), Message("user", "Sure?")]
     chats = [[*turns, Message("assistant", "Yes.")], [Message("system", "Be brief."), *turns[:2]], turns[1:2]]
     tokens = Encoder(tokenizer, "x").encode([Sample(chat, None, "x:1") for chat in chats])
-    learned = [tokenizer.decode([i for i, t in zip(*part, strict=True) if t]) for part in tokens]
+    learned = [tokenizer.decode(part.ids[part.targets]) for part in tokens]
     assert learned == ["It is 4.<|im_end|>Yes.<|im_end|>", "It is 4.<|im_end|>", "It is 4.<|im_end|>"]
     assert tokenizer.decode(tokens[0].ids).startswith("<|im_start|>system\nYou are a helpful AI assistant")
     humaneval = [json.loads(line) for line in (packages.humaneval / "train.jsonl").read_text().splitlines()]
