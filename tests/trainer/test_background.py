@@ -14,7 +14,7 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError, SupersededError
 from finetune_trainer.files import sha256_file
 from finetune_trainer.saving import Saving
-from finetune_trainer.staging import Staging
+from finetune_trainer.staging import Staging, settle
 from finetune_trainer.tensor_file import DTYPES, Kind, TensorFile, write_tensors
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
@@ -50,9 +50,10 @@ def test_written_while_training_goes_on_and_bit_identical(
     state = killed.wait_for_step(8)
     assert state.last_checkpoint_step == 3 and state.checkpoints == 1
     assert not (killed.folder / "checkpoints" / "step-00000006").exists()
+    killed.wait_for(lambda state: state.step == 9 and state.activity == "Checkpointing")
     time.sleep(0.2)
-    state = killed.wait_for_step(9)
-    assert state.step == 9 and state.activity == "Checkpointing", "no second save before the first is done"
+    waiting = killed.state()
+    assert waiting is not None and waiting.step == 9, "no second save before the first is done"
     (hold / "6").touch()
     state = killed.wait_for_step(11)
     assert state.last_checkpoint_step == 6
@@ -176,6 +177,16 @@ def test_staged_tensors_share_nothing_with_live_ones_and_buffers_are_kept() -> N
     assert staged.tolist() == [0, 1, 2, 3, 4, 5]
     assert staging.hold("a", live).data_ptr() == staged.data_ptr()
     assert staging.hold("a", torch.ones(3, dtype=torch.int64)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_staging_from_a_gpu_is_page_locked_and_exact() -> None:
+    staging, live = Staging(), torch.randn(1 << 20, device="cuda")
+    settle(live.device)
+    staged = staging.hold("a", live)
+    settle(live.device)
+    assert staged.device.type == "cpu" and staged.is_pinned() and torch.equal(staged, live.cpu())
 
 
 def test_a_tensor_file_is_what_safetensors_reads(tmp_path: Path) -> None:

@@ -4,7 +4,10 @@ The buffers are kept from one checkpoint to the next: allocating and pinning the
 state's size once more for as long as training lasts, also where offloading keeps the state itself in host memory.
 """
 
+import contextlib
 import logging
+import weakref
+from typing import Any
 
 import torch
 
@@ -40,7 +43,12 @@ def _host_buffer(tensor: torch.Tensor) -> torch.Tensor:
     """
     buffer = torch.empty(tensor.shape, dtype=tensor.dtype)
     if tensor.is_cuda and buffer.nbytes:
-        result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), buffer.nbytes, 0)  # type: ignore[no-untyped-call]
-        if int(result) != 0:
-            log.warning("host memory for checkpoints cannot be page-locked (CUDA error %s): copies are slower", result)
+        cuda: Any = torch.cuda
+        runtime, address = cuda.cudart(), buffer.data_ptr()
+        if code := int(runtime.cudaHostRegister(address, buffer.nbytes, 0)):
+            log.warning("host memory for checkpoints cannot be page-locked (CUDA error %d): copies are slower", code)
+            with contextlib.suppress(RuntimeError):  # the runtime keeps the code, and tells it to whoever asks next
+                torch.zeros(1, device=tensor.device)
+        else:
+            weakref.finalize(buffer, runtime.cudaHostUnregister, address)
     return buffer
