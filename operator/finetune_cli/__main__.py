@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from finetune_cli import follow
+from finetune_cli import convert_options
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +21,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     follow_parser.add_argument(
         "--timeout", type=float, metavar="SECONDS", help="give up (exit 2) when the job has not finished after so long"
     )
+    convert_options.add_parser(commands)
     options = parser.parse_args(arguments)
+    if options.command == "convert":
+        from finetune_cli import convert  # needs PyYAML only, `follow` the Kubernetes client
+
+        return convert.main(options)
+    from finetune_cli import follow
+
     try:
         return follow.run(options.name, options.namespace, options.timeout)
     except KeyboardInterrupt:
