@@ -9,10 +9,8 @@ from typing import Any, NamedTuple, TypeVar
 from finetune_cli.convert import datasets, deepspeed, emit
 from finetune_cli.convert.config import Note, Problem, read_config
 from finetune_cli.convert.conversion import Conversion, Options, apply_static
-from finetune_cli.convert.keys import KEYS
 from finetune_cli.convert.rules import RULES
 from finetune_cli.convert.source import Source, SourceError, read_source
-from finetune_cli.convert.table import Fate
 from finetune_cli.convert.uris import job_name
 
 _Entry = TypeVar("_Entry", Note, Problem)
@@ -44,11 +42,11 @@ def convert(source: Source, options: Options, stem: str = "") -> Result:
     for rule in RULES:
         rule(c)
     deepspeed.translate(c)
-    unaccounted = [name for name in config.given if KEYS[name].fate is Fate.TRANSLATED and name not in c.accounted]
-    assert not unaccounted, f"dropped silently: {unaccounted}"
     notes, problems = _sorted(c.notes), _sorted(c.problems)
     if problems:
         return Result(None, notes, problems)
+    unaccounted = [name for name in config.given if name not in c.accounted]
+    assert not unaccounted, f"dropped silently: {unaccounted}"
     name = options.name or job_name(stem, config["output_dir"])
     return Result(emit.manifest(name, options.namespace, c.spec), notes, [])
 

@@ -23,7 +23,7 @@ class Problem:
     instead: str = ""
 
     def __str__(self) -> str:
-        return f"{self.place}: {self.what}" + (f"\n  use instead: {self.instead}" if self.instead else "")
+        return f"{self.place}: {self.what}" + (f"\n  instead: {self.instead}" if self.instead else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +85,9 @@ def read_config(source: Source) -> Config:
 
 
 def _unknown(source: Source, name: str) -> Problem:
-    near = difflib.get_close_matches(name, KEYS, n=1, cutoff=0.6)
-    what = f"`{name}` is no key of LLaMA-Factory's training" + (f"; the nearest is `{near[0]}`" if near else "")
-    return Problem(source.at(name), what, f"`{near[0]}`, or remove the line" if near else "remove the line")
+    near = [f"`{key}`" for key in difflib.get_close_matches(name, KEYS, n=2, cutoff=0.7)]
+    what = f"`{name}` is no key of LLaMA-Factory's training"
+    return Problem(source.at(name), what, f"{' or '.join(near)}, or remove the line" if near else "remove the line")
 
 
 def _null(config: Config, key: Key) -> None:

@@ -127,7 +127,7 @@ def _evaluation(c: Conversion, name: str, info: Source | None) -> dict[str, Any]
         "eval_dataset",
         f"`{name}` is no data set in LLaMA-Factory; here it is the benchmark {ours}, with problems from {uri}",
     )
-    return {"uri": uri, "benchmark": ours}
+    return _common(c, {"uri": uri, "benchmark": ours})
 
 
 def _mixed(c: Conversion, entries: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:

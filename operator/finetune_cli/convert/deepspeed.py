@@ -126,7 +126,8 @@ class _Block:
         zero = self.source.data.get("zero_optimization", {})
         stage = zero.get("stage", self.source.data.get("stage", 0))
         if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
-            self._refuse("stage", f"`stage` must be 0, 1, 2 or 3, got `{show(stage)}`", "`stage: 3`")
+            place = ("zero_optimization", "stage") if "stage" in zero else ("stage",)
+            self._refuse(place, f"must be 0, 1, 2 or 3, got `{show(stage)}`", "`stage: 3`")
             return
         self.stage = stage
         self.c.put("deepspeed.zeroStage", stage)

@@ -84,7 +84,7 @@ DATA: tuple[Key, ...] = (
         Kind.BOOL,
         True,
         "padding never counts in the loss",
-        "nothing: remove the line",
+        "remove the line",
         off=(True, None),
     ),
     refused(

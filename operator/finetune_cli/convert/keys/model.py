@@ -105,7 +105,7 @@ MODEL: tuple[Key, ...] = (
         Kind.BOOL,
         False,
         "an own precision for the head's output is not supported",
-        "nothing: the loss is computed in float32 in any case",
+        "remove the line: the loss is computed in float32 in any case",
     ),
     refused(
         "train_from_scratch",

@@ -106,7 +106,7 @@ NO_EFFECT: tuple[Key, ...] = tuple(
         ),
         (
             "there is no cache of keys and values in training",
-            (("use_cache", Kind.BOOL, True), ("past_index", Kind.INT, -1)),
+            (("use_cache", Kind.BOOL, False), ("past_index", Kind.INT, -1)),
         ),
         (
             "it changes how recomputation is done, not its result",
@@ -158,7 +158,7 @@ REFUSED: tuple[Key, ...] = (
     refused(
         "fp16", Kind.BOOL, False, "float16 with loss scaling is not supported", "`bf16: true`, which needs no scaling"
     ),
-    refused("fp16_full_eval", Kind.BOOL, False, "evaluation computes as training does", "nothing: remove the line"),
+    refused("fp16_full_eval", Kind.BOOL, False, "evaluation computes as training does", "remove the line"),
     refused("fp8", Kind.BOOL, False, "float8 is not supported", "`bf16: true`"),
     *parts(
         "fp8",
@@ -177,7 +177,7 @@ REFUSED: tuple[Key, ...] = (
         "optim_target_modules", Kind.NAMES, None, "it is for GaLore and APOLLO", "`finetuning_type: lora` or freeze"
     ),
     refused("adafactor", Kind.BOOL, False, "Adafactor is not supported", "`optim: adamw_bnb_8bit` for less memory"),
-    refused("label_smoothing_factor", Kind.FLOAT, 0.0, "the loss has no label smoothing", "nothing: remove the line"),
+    refused("label_smoothing_factor", Kind.FLOAT, 0.0, "the loss has no label smoothing", "remove the line"),
     refused(
         "neftune_noise_alpha", Kind.FLOAT, None, "noise on embeddings (NEFTune) is not supported", "`lora_dropout`"
     ),
@@ -186,7 +186,7 @@ REFUSED: tuple[Key, ...] = (
         Kind.BOOL,
         True,
         "the loss is always the mean over all target tokens of a step, whatever rank they are on",
-        "nothing: remove the line",
+        "remove the line",
         off=(True, None),
     ),
     refused(
@@ -210,9 +210,9 @@ REFUSED: tuple[Key, ...] = (
         Kind.BOOL,
         False,
         "every record counts; none is dropped at the end of an epoch",
-        "nothing: remove the line",
+        "remove the line",
     ),
-    refused("eval_delay", Kind.FLOAT, 0, "evaluation begins at the first step", "nothing: remove the line"),
+    refused("eval_delay", Kind.FLOAT, 0, "evaluation begins at the first step", "remove the line"),
     refused(
         "do_predict",
         Kind.BOOL,
@@ -236,9 +236,7 @@ REFUSED: tuple[Key, ...] = (
         "its exported model as `model_name_or_path`",
         off=(None, False, True),
     ),
-    refused(
-        "ignore_data_skip", Kind.BOOL, False, f"data are never trained twice; {_RESUME}", "nothing: remove the line"
-    ),
+    refused("ignore_data_skip", Kind.BOOL, False, f"data are never trained twice; {_RESUME}", "remove the line"),
     refused("fsdp", Kind.TEXT, None, "FSDP is not supported", _FSDP, off=(None, "", False)),
     *parts(
         "fsdp",
@@ -254,7 +252,7 @@ REFUSED: tuple[Key, ...] = (
         Kind.ANY,
         "",
         "transformers' debugging is not there",
-        "nothing: the log names the first error",
+        "remove the line; the log names the first error",
         off=("", None, []),
     ),
     refused("push_to_hub", Kind.BOOL, False, "nothing is uploaded to a hub", _UPLOAD),

@@ -7,6 +7,7 @@ from finetune_cli.convert.rules import compute, evaluation, method, model, outpu
 
 RULES: tuple[Callable[[Conversion], None], ...] = (
     model.source,
+    model.cache,
     model.template,
     method.stage,
     method.adapter,

@@ -1,8 +1,18 @@
 """When is evaluated, which checkpoint is the best, and how text is generated for benchmarks."""
 
+from typing import Any
+
 from finetune_cli.convert.conversion import Conversion, decimal
 
-_METRICS = {"loss": "Loss", "eval_loss": "Loss", "accuracy": "TokenAccuracy", "eval_accuracy": "TokenAccuracy"}
+_METRICS = {
+    "loss": "EvalLoss",
+    "eval_loss": "EvalLoss",
+    "accuracy": "TokenAccuracy",
+    "eval_accuracy": "TokenAccuracy",
+    "humaneval": "HumanEvalPassAt1",
+    "mbpp": "MBPPPassAt1",
+}
+_PASS = {"HumanEval": "HumanEvalPassAt1", "MBPP": "MBPPPassAt1"}
 
 
 def schedule(c: Conversion) -> None:
@@ -25,9 +35,10 @@ def schedule(c: Conversion) -> None:
         c.refuse(key, "evaluation is timed in steps", "`eval_strategy: steps` with `eval_steps`", "eval_steps")
     elif strategy == "steps":
         timer = "eval_steps" if c.config["eval_steps"] else "logging_steps"
+        c.settle("training.evalEverySteps", key)
         steps = whole_steps(c, timer)
         if steps and has_sets:
-            c.put("training.evalEverySteps", steps, timer, key)
+            c.put("training.evalEverySteps", steps, timer)
     else:
         c.settle("training.evalEverySteps", key)
         if c.config["eval_dataset"] and not c.config["do_eval"]:
@@ -59,22 +70,25 @@ def best(c: Conversion) -> None:
     if not c.config["load_best_model_at_end"] and patience is None:
         for key in keys:
             if key in c.config:
-                c.note(key, "no effect without `load_best_model_at_end: true`")
+                off = key == "load_best_model_at_end"
+                c.note(key, "the last state is exported" if off else "no effect without `load_best_model_at_end: true`")
         return
     if not c.config["eval_dataset"]:
         key = "early_stopping_steps" if patience is not None else keys[0]
         c.refuse(key, "there is nothing to evaluate on", "`eval_dataset`", *keys, "early_stopping_steps")
         return
-    metric = _METRICS.get(name or "loss")
+    sets = c.spec.get("datasets", {}).get("evaluation", [])
+    metric = _METRICS.get(name.lower()) if name else _default_metric(c, sets)
     if metric is None:
-        c.refuse("metric_for_best_model", "not measured here", "`loss` or `accuracy`", *keys)
+        known = ", ".join(f"`{m}`" for m in _METRICS)
+        c.refuse("metric_for_best_model", f"not measured here; there are {known}", "one of them", *keys)
     else:
         c.put("evaluation.metric", metric, "load_best_model_at_end", "metric_for_best_model")
         greater = c.config["greater_is_better"]
-        if greater is not None and greater != (metric != "Loss"):
+        if greater is not None and greater != (metric != "EvalLoss"):
             c.refuse(
                 "greater_is_better",
-                f"the best {name or 'loss'} is the {'least' if metric == 'Loss' else 'greatest'}",
+                f"the best {name or 'loss'} is the {'least' if metric == 'EvalLoss' else 'greatest'}",
                 "remove the line",
             )
         c.settle("evaluation.metric", "greater_is_better")
@@ -85,6 +99,15 @@ def best(c: Conversion) -> None:
                 "early_stopping_steps",
                 "the best checkpoint is kept and exported too, as with `load_best_model_at_end: true`",
             )
+
+
+def _default_metric(c: Conversion, sets: list[dict[str, Any]]) -> str:
+    """The loss, as in transformers; where only benchmarks are evaluated, the first one's pass@1."""
+    if not sets or any("benchmark" not in entry for entry in sets):
+        return "EvalLoss"
+    metric = _PASS[sets[0]["benchmark"]]
+    c.note("metric_for_best_model", f"no held-out data, so no loss: the best checkpoint is that of {metric}")
+    return metric
 
 
 def generation(c: Conversion) -> None:

@@ -84,14 +84,13 @@ def quantization(c: Conversion) -> None:
         )
         return
     if bits not in (4, 8):
-        c.refuse("quantization_bit", "weights are quantised to 4 or 8 bits", "`quantization_bit: 4`", *_QUANTIZATION)
-        return
+        c.refuse("quantization_bit", "weights are quantised to 4 or 8 bits", "`quantization_bit: 4`")
     c.put("quantization.bits", bits, "quantization_bit")
     c.put("quantization.doubleQuantization", c.config["double_quantization"], "double_quantization")
     if c.config["quantization_method"] not in ("bnb", "bitsandbytes"):
         c.refuse("quantization_method", "only bitsandbytes quantises here", "`quantization_method: bnb`")
     c.settle("quantization", "quantization_method")
-    if bits == 4 and c.config["quantization_type"] != "nf4":
+    if bits != 8 and c.config["quantization_type"] != "nf4":
         c.refuse("quantization_type", "4 bits are NF4 here, which loses less than FP4", "`quantization_type: nf4`")
     c.settle("quantization", "quantization_type")
     if bits == 8:

@@ -11,7 +11,7 @@ _HUB_NAME = re.compile(r"^[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*$
 
 
 def source(c: Conversion) -> None:
-    """`model.uri`, revision, credentials and the cache of downloads."""
+    """`model.uri`, revision and credentials."""
     name = c.config["model_name_or_path"]
     if c.options.model_uri:
         uri = c.options.model_uri
@@ -37,6 +37,10 @@ def source(c: Conversion) -> None:
         c.note("model_revision", "no effect: the model does not come from a hub")
     if c.options.hub_secret and uri.startswith("hf://"):
         c.put("model.credentialsRef", secret(c.options.hub_secret))
+
+
+def cache(c: Conversion) -> None:
+    """`cache.uri`."""
     if c.options.cache_uri:
         c.put("cache.uri", c.options.cache_uri, "cache_dir")
     elif "cache_dir" in c.config:

@@ -39,9 +39,10 @@ def place(c: Conversion) -> None:
 def saving(c: Conversion) -> None:
     """`checkpoint`: checkpoints serve recovery, so they are written whatever `save_strategy` says."""
     strategy = c.config["save_strategy"]
+    c.settle("checkpoint.everySteps", "save_strategy")
     steps = whole_steps(c, "save_steps")
     if steps:
-        c.put("checkpoint.everySteps", steps, "save_steps", "save_strategy")
+        c.put("checkpoint.everySteps", steps, "save_steps")
     if strategy != "steps":
         c.note(
             "save_strategy",

@@ -93,7 +93,10 @@ def data_order(c: Conversion) -> None:
             "`packing` or grouping, not both",
         )
     c.put("training.groupByLength", grouped, "group_by_length", "train_sampling_strategy")
-    c.put("training.loaderWorkers", c.config["dataloader_num_workers"], "dataloader_num_workers")
+    if c.config["dataloader_num_workers"]:
+        c.put("training.loaderWorkers", c.config["dataloader_num_workers"], "dataloader_num_workers")
+    elif "dataloader_num_workers" in c.config:
+        c.note("dataloader_num_workers", "0: as if it were not there")
 
 
 def packs(c: Conversion) -> bool:
