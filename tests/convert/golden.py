@@ -47,11 +47,11 @@ def run(name: str) -> Outcome:
 
 def write() -> None:
     """Writes all expected files anew and removes those of cases that are gone."""
+    written = {f"{name}{outcome.file}": outcome.text for name in NAMES for outcome in [run(name)]}
     for path in [*CASES.glob("*.expected.yaml"), *CASES.glob("*.refused.txt")]:
         path.unlink()
-    for name in NAMES:
-        outcome = run(name)
-        (CASES / f"{name}{outcome.file}").write_text(outcome.text)
+    for file, text in written.items():
+        (CASES / file).write_text(text)
 
 
 if __name__ == "__main__":

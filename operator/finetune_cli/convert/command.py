@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from finetune_cli.convert import datasets, deepspeed, emit
 from finetune_cli.convert.config import Note, Problem, read_config
 from finetune_cli.convert.conversion import Conversion, Options, apply_static
-from finetune_cli.convert.rules import RULES
+from finetune_cli.convert.rules import RULES, combinations
 from finetune_cli.convert.source import Source, SourceError, read_source
 from finetune_cli.convert.uris import job_name
 
@@ -42,6 +42,7 @@ def convert(source: Source, options: Options, stem: str = "") -> Result:
     for rule in RULES:
         rule(c)
     deepspeed.translate(c)
+    combinations.check(c)
     notes, problems = _sorted(c.notes), _sorted(c.problems)
     if problems:
         return Result(None, notes, problems)

@@ -16,6 +16,17 @@ _EXAMPLE = re.compile(r"^ds_z([0-3])_(offload_)?config\.json$")
 _PRECISIONS = {"bf16": "BF16", "bfloat16": "BF16", "fp16": "", "amp": ""}
 _SHORT = ("stage", "partition_weights", "cpu_offload", "memory_efficient_linear")
 """What people write straight into `deepspeed_config`, without `zero_optimization`."""
+_NO_CHECKPOINT = "state that it moves would be missing in checkpoints, and a resumed run would be another"
+_MOVING = ("zenflow", "legacy_stage1", "super_offload", "ratio", "nvme_path")
+"""Settings that would keep training state where checkpoints do not look."""
+_OWNED = {
+    "optimizer": "`optim`, `learning_rate` and their like",
+    "scheduler": "`lr_scheduler_type` and warm-up",
+    "activation_checkpointing": "`disable_gradient_checkpointing`",
+    "torch_autocast": "`bf16`",
+    "data_types": "`bf16`",
+}
+"""Blocks that the configuration's own keys decide."""
 _SAVING = "stage3_gather_16bit_weights_on_model_save"
 _SAME = {
     "gradient_clipping": "training.maxGradNorm",
@@ -102,8 +113,7 @@ class _Block:
             "bf16": self._precision,
             "bfloat16": self._precision,
             "amp": self._precision,
-            "optimizer": self._owned,
-            "scheduler": self._owned,
+            **dict.fromkeys(_OWNED, self._owned),
             "gradient_accumulation_steps": self._accumulation,
             **dict.fromkeys(_SAME, self._same),
             **dict.fromkeys(("zero_allow_untested_optimizer", "zero_force_ds_cpu_optimizer"), self._ours),
@@ -140,6 +150,12 @@ class _Block:
     def _zero_key(self, name: str, value: Any, place: tuple[str, ...]) -> None:
         if name in ("offload_optimizer", "offload_param"):
             self._offload(name, value, place)
+        elif name in _MOVING:
+            self._moving(name, value, place)
+        elif name == "cpu_offload_param":
+            if value:
+                self.c.put("deepspeed.offloadParameters", "CPU")
+            self._note(place, f"an old key: as `offload_param` with `device: {'cpu' if value else 'none'}`")
         elif name == "cpu_offload":
             if value:
                 self.c.put("deepspeed.offloadOptimizer", "CPU")
@@ -171,16 +187,26 @@ class _Block:
         rest = {k: v for k, v in value.items() if k != "device" and v != "auto"}
         if device == "cpu":
             self.c.put(field, "CPU")
-        elif device == "nvme":
-            rest = {"device": "nvme", **rest}
-        elif device != "none":
-            self._refuse(
-                (*place, "device"), f"`device` must be cpu, nvme or none, got `{show(device)}`", "`device: cpu`"
-            )
-        if device == "none":
+        elif device == "none":
             self._note(place, "none: nothing is offloaded")
-        elif rest:
-            self.raw.setdefault("zero_optimization", {})[name] = {k: _plain(v) for k, v in rest.items()}
+            return
+        else:
+            why = _NO_CHECKPOINT if device == "nvme" else "must be cpu or none"
+            self._refuse((*place, "device"), f"`{show(device)}`: {why}", "`device: cpu`")
+        kept = {}
+        for key, inner in rest.items():
+            if key in _MOVING:
+                self._moving(key, inner, (*place, key))
+            else:
+                kept[key] = _plain(inner)
+        if kept:
+            self.raw.setdefault("zero_optimization", {})[name] = kept
+
+    def _moving(self, name: str, value: Any, place: tuple[str, ...]) -> None:
+        if value in (None, False, "auto") or (name == "ratio" and value == 1):
+            self._note(place, "off, as it is here")
+        else:
+            self._refuse(place, _NO_CHECKPOINT, "`device: cpu`, without this line")
 
     def _precision(self, key: str, value: Any) -> None:
         enabled = value.get("enabled", False) if isinstance(value, dict) else value
@@ -201,12 +227,7 @@ class _Block:
             self._note((key,), f"as `training.precision: {has}` has it")
 
     def _owned(self, key: str, _: Any) -> None:
-        instead = "`optim`, `learning_rate` and their like" if key == "optimizer" else "`lr_scheduler_type` and warm-up"
-        self._refuse(
-            (key,),
-            f"the {key} is the configuration's matter, so that it resumes exactly",
-            f"{instead} in the configuration",
-        )
+        self._refuse((key,), "is decided by the configuration's own keys", f"{_OWNED[key]} there")
 
     def _same(self, key: str, value: Any) -> None:
         field = _SAME[key]

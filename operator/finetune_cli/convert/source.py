@@ -12,6 +12,7 @@ Place = tuple[str | int, ...]
 """Where a value stands in its file: keys and indices from the top."""
 
 _TIMESTAMP = "tag:yaml.org,2002:timestamp"
+_COLLECTIONS = ("tag:yaml.org,2002:map", "tag:yaml.org,2002:seq")
 _FLOAT = re.compile(r"^[-+]?(?:\d[\d_]*)(?:\.[\d_]*)?[eE][-+]?\d+$")
 
 
@@ -78,6 +79,8 @@ def read_source(path: Path, name: str | None = None) -> Source:
 
 
 def _value(loader: _Loader, node: yaml.Node, place: Place, lines: dict[Place, int], shown: str) -> Any:
+    if isinstance(node, yaml.CollectionNode) and node.tag not in _COLLECTIONS:
+        raise SourceError(f"{shown}:{node.start_mark.line + 1}: not valid YAML here: the tag `{node.tag}`")
     if isinstance(node, yaml.SequenceNode):
         return [_value(loader, child, (*place, i), lines, shown) for i, child in enumerate(node.value)]
     if not isinstance(node, yaml.MappingNode):

@@ -29,7 +29,8 @@ def join(prefix: str, path: str) -> str | None:
     relative = posixpath.normpath(path.lstrip("/"))
     if relative.startswith(".."):
         return None
-    return prefix.rstrip("/") + ("" if relative == "." else f"/{relative}")
+    folder = prefix.rstrip("/") + "/" if prefix != "file:///" else prefix
+    return prefix.rstrip("/") if relative == "." else folder + relative
 
 
 def job_name(file_stem: str, output_dir: str | None) -> str:
