@@ -62,6 +62,7 @@ class Config:
 def show(value: Any) -> str:
     """A value on one short line, as in YAML."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    text = text.replace("\n", "\\n")
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -15,7 +15,10 @@ INFO = "dataset_info.json"
 BENCHMARKS = {"humaneval": ("HumanEval", "openai/openai_humaneval"), "mbpp": ("MBPP", "google-research-datasets/mbpp")}
 """What people write in `eval_dataset` for a benchmark, our name, and where Hugging Face has its problems."""
 _FORMATS = {"alpaca": "Alpaca", "sharegpt": "ShareGPT", "openai": "Messages"}
-_COLUMNS = {"Alpaca": ("prompt", "query", "response", "history", "system"), "Text": ("prompt",)}
+_COLUMNS = {
+    "Alpaca": ("prompt", "query", "response", "history", "system", "tools", "images"),
+    "Text": ("prompt",),
+}
 _TURNS = ("messages", "system", "tools", "images")
 _ALL_COLUMNS = {"prompt", "query", "response", "history", "messages", "system", "tools", "images", "videos", "audios"}
 _ALL_COLUMNS |= {"chosen", "rejected", "kto_tag"}
@@ -29,6 +32,16 @@ _TAGS = {
     "function_tag": "functionTag",
     "system_tag": "systemTag",
 }
+_OPENAI_TAGS = {
+    "role_tag": "from",
+    "content_tag": "value",
+    "user_tag": "human",
+    "assistant_tag": "gpt",
+    "observation_tag": "observation",
+    "function_tag": "function_call",
+    "system_tag": "system",
+}
+"""LLaMA-Factory's defaults, which are ShareGPT's also for `formatting: openai`."""
 _ATTRIBUTES = {"hf_hub_url", "ms_hub_url", "om_hub_url", "script_url", "cloud_file_name", "file_name"}
 _ATTRIBUTES |= {"formatting", "ranking", "subset", "split", "folder", "num_samples", "columns", "tags"}
 _ENDINGS = (".json", ".jsonl", ".csv", ".parquet", ".arrow")
@@ -93,7 +106,10 @@ def _info(c: Conversion) -> Source | None:
 def _entry(c: Conversion, key: str, name: str, info: Source | None) -> dict[str, Any] | None:
     """One data set; None if it was refused."""
     if c.config["dataset_dir"] == "ONLINE":
-        return _common(c, {"uri": f"hf://datasets/{name}", "format": _format(c, "alpaca"), "split": "train"})
+        if not _HUB_NAME.match(name):
+            c.refuse(key, f"`{name}` is no data set of a hub", "`org/name`, the repository's full name")
+            return None
+        info = Source(c.config.source.name, c.config.source.folder, {name: {"hf_hub_url": name}}, {})
     if info is None:
         return None
     if name not in info.data:
@@ -245,7 +261,7 @@ class _Reader:
     def _columns(self, form: str) -> dict[str, str]:
         columns = self.data.get("columns")
         if columns is None:
-            return {"text": "instruction"} if form == "Text" else {}
+            return {"Text": {"text": "instruction"}, "Messages": {"messages": "conversations"}}.get(form, {})
         allowed = _COLUMNS.get(form, _TURNS)
         result: dict[str, str] = {}
         for column, theirs in columns.items():
@@ -273,7 +289,7 @@ class _Reader:
         return result
 
     def _tags(self, form: str) -> dict[str, str]:
-        tags = self.data.get("tags")
+        tags = self.data.get("tags") or (_OPENAI_TAGS if form == "Messages" else {})
         if not tags:
             return {}
         if form not in ("ShareGPT", "Messages"):

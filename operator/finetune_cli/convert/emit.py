@@ -60,6 +60,6 @@ def render(body: dict[str, Any], title: str, notes: Iterable[str]) -> str:
         title: the first line of the comment.
         notes: what a reader has to know, one line each.
     """
-    comment = [f"# {title}", *(f"# - {note}" for note in notes)]
+    comment = [f"# {title}", *(f"# - {' '.join(note.splitlines())}" for note in notes)]
     text = yaml.dump(body, Dumper=_Dumper, sort_keys=False, width=1000, allow_unicode=True, default_flow_style=False)
     return "\n".join(line.rstrip() for line in comment) + "\n" + text
