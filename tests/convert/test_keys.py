@@ -176,4 +176,4 @@ def test_templates_are_known_once() -> None:
 
 
 def test_the_page_is_current() -> None:
-    assert page.PATH.read_text() == page.render(), "run `python -m finetune_cli.convert.page`"
+    assert page.PATH.read_text() == page.render(), "run `make generate`"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api import combinations
+from finetune_api import admission, combinations
 from finetune_api.job import FineTuneJob
 from finetune_api.launch import LaunchSpec
 from finetune_operator.core.resolve import resolve
@@ -48,7 +48,9 @@ def value(name: str, path: str) -> Any:
 
 
 @pytest.mark.parametrize("name", map(case, CONVERTED))
-def test_every_manifest_is_a_job(name: str) -> None:
+def test_every_manifest_is_admitted(name: str) -> None:
+    _, violations = admission.admit(yaml.safe_load((CASES / f"{name}.expected.yaml").read_text()))
+    assert [str(violation) for violation in violations] == []
     assert launch(name).job.name == job(name).metadata.name
 
 

@@ -10,7 +10,7 @@ from finetune_cli.convert.templates import BY_NAME, OWN, SEEING, TOKENIZERS
 
 PATH = Path(__file__).resolve().parents[3] / "docs" / "llama-factory.md"
 
-_HEAD = """<!-- Generated from operator/finetune_cli/convert by `python -m finetune_cli.convert.page`. Do not edit. -->
+_HEAD = """<!-- Generated from operator/finetune_cli/convert by `make generate`. Do not edit. -->
 
 # From LLaMA-Factory
 
@@ -101,7 +101,7 @@ def main(arguments: list[str]) -> int:
     if PATH.exists() and PATH.read_text() == text:
         return 0
     if "--check" in arguments:
-        print("stale, run `python -m finetune_cli.convert.page`: docs/llama-factory.md")
+        print("stale, run `make generate`: docs/llama-factory.md")
         return 1
     PATH.write_text(text)
     print("wrote: docs/llama-factory.md")

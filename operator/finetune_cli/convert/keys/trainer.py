@@ -237,7 +237,7 @@ REFUSED: tuple[Key, ...] = (
         off=(None, False, True),
     ),
     refused("ignore_data_skip", Kind.BOOL, False, f"data are never trained twice; {_RESUME}", "remove the line"),
-    refused("fsdp", Kind.TEXT, None, "FSDP is not supported", _FSDP, off=(None, "", False)),
+    refused("fsdp", Kind.ANY, None, "FSDP is not supported", _FSDP, off=(None, "", False, [])),
     *parts(
         "fsdp",
         "it is for FSDP",
@@ -316,7 +316,7 @@ LAUNCH: tuple[Key, ...] = (
 )
 
 MEGATRON: tuple[Key, ...] = tuple(
-    no_effect(name, kind, default, "it is for Megatron Bridge (`USE_MEGATRON_BRIDGE=1`), which is not supported")
+    refused(name, kind, default, "Megatron Bridge is not supported", "`deepspeed` with stage 3", off=(default,))
     for name, kind, default in (
         ("tensor_model_parallel_size", Kind.INT, 1),
         ("pipeline_model_parallel_size", Kind.INT, 1),
