@@ -35,10 +35,11 @@ images: cluster ## Build both images and bring them to the cluster; print their 
 	done
 
 .PHONY: generate
-generate: ## Write the CRD and the reference docs from the models in operator/finetune_api
+generate: ## Write the CRD and the reference docs from the models in operator/finetune_api, the page of LLaMA-Factory's keys
 	@python=$$($(PYTHON) -m demo.environment) && \
 		PYTHONPATH=operator $$python -m finetune_api.crd && \
-		PYTHONPATH=operator $$python -m finetune_api.reference
+		PYTHONPATH=operator $$python -m finetune_api.reference && \
+		PYTHONPATH=operator $$python -m finetune_cli.convert.page
 
 .PHONY: down
 down: ## Remove all that the others started; caches stay (PURGE=1: go as well)

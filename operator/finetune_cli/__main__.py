@@ -9,9 +9,10 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from finetune_cli import convert_options
 from finetune_cli.errors import CliError
 
-EXTRAS = {"follow": "cli", "run": "trainer"}
+EXTRAS = {"convert": "cli", "follow": "cli", "run": "trainer"}
 """The extra with which each command's packages are installed."""
 
 
@@ -21,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_follow(commands)
     _add_run(commands)
+    convert_options.add_parser(commands)
     options = parser.parse_args(arguments)
     try:
         module = importlib.import_module(f"finetune_cli.{options.command}")

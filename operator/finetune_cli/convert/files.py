@@ -1,0 +1,18 @@
+"""Finds the files that a configuration names."""
+
+from pathlib import Path
+
+from finetune_cli.convert.conversion import Conversion
+
+
+def find(c: Conversion, name: str) -> tuple[Path | None, str]:
+    """Looks for a file beside the configuration, then in the working directory, where LLaMA-Factory looks.
+
+    Returns:
+        The file or None, and the places for a message.
+    """
+    if Path(name).is_absolute():
+        return (Path(name) if Path(name).is_file() else None), name
+    places = [c.config.source.folder / name, Path.cwd() / name]
+    found = next((place for place in places if place.is_file()), None)
+    return found, f"`{name}` beside the configuration and in the working directory"
