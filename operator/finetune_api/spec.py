@@ -227,34 +227,36 @@ class TagsSpec(ApiModel):
 _NOT_HERE = "which `format: {}` does not have"
 
 
+_DATASET_RULES = (
+    ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
+    ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+    (
+        "!has(self.tags) || self.format in ['ShareGPT', 'Messages']",
+        "`tags` needs `format: ShareGPT` or `format: Messages`",
+    ),
+    (
+        "!has(self.columns) || self.format != 'Alpaca' || !(has(self.columns.messages) || has(self.columns.text))",
+        f"`columns` names `messages` or `text`, {_NOT_HERE.format('Alpaca')}",
+    ),
+    (
+        "!has(self.columns) || !(self.format in ['ShareGPT', 'Messages']) || !(has(self.columns.prompt)"
+        " || has(self.columns.query) || has(self.columns.response) || has(self.columns.history)"
+        " || has(self.columns.text))",
+        "`columns` names `prompt`, `query`, `response`, `history` or `text`, "
+        "which `format: ShareGPT` and `format: Messages` do not have",
+    ),
+    (
+        "!has(self.columns) || self.format != 'Text' || !(has(self.columns.prompt) || has(self.columns.query)"
+        " || has(self.columns.response) || has(self.columns.history) || has(self.columns.messages)"
+        " || has(self.columns.system) || has(self.columns.tools))",
+        f"`columns` names more than `text`, {_NOT_HERE.format('Text')}",
+    ),
+)
+"""Of train and evaluation data; pydantic does not join a subclass's rules with its parent's."""
+
+
 class DatasetSpec(ApiModel):
-    model_config = {
-        "json_schema_extra": rules(
-            ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
-            ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
-            (
-                "!has(self.tags) || self.format in ['ShareGPT', 'Messages']",
-                "`tags` needs `format: ShareGPT` or `format: Messages`",
-            ),
-            (
-                "!has(self.columns) || self.format != 'Alpaca' || !(has(self.columns.messages) || has(self.columns.text))",
-                f"`columns` names `messages` or `text`, {_NOT_HERE.format('Alpaca')}",
-            ),
-            (
-                "!has(self.columns) || !(self.format in ['ShareGPT', 'Messages']) || !(has(self.columns.prompt)"
-                " || has(self.columns.query) || has(self.columns.response) || has(self.columns.history)"
-                " || has(self.columns.text))",
-                "`columns` names `prompt`, `query`, `response`, `history` or `text`, "
-                "which `format: ShareGPT` and `format: Messages` do not have",
-            ),
-            (
-                "!has(self.columns) || self.format != 'Text' || !(has(self.columns.prompt) || has(self.columns.query)"
-                " || has(self.columns.response) || has(self.columns.history) || has(self.columns.messages)"
-                " || has(self.columns.system) || has(self.columns.tools))",
-                f"`columns` names more than `text`, {_NOT_HERE.format('Text')}",
-            ),
-        )
-    }
+    model_config = {"json_schema_extra": rules(*_DATASET_RULES)}
 
     uri: DatasetUri
     """A .jsonl, .json, .csv, .parquet or .arrow file, a folder of them, or a folder written by Hugging Face's `save_to_disk`:
@@ -283,11 +285,11 @@ class DatasetSpec(ApiModel):
 class EvaluationDatasetSpec(DatasetSpec):
     model_config = {
         "json_schema_extra": rules(
-            ("!has(self.revision) || self.uri.startsWith('hf://')", f"`revision` {HUB_ONLY}"),
-            ("!has(self.credentialsRef) || self.uri.startsWith('hf://')", f"`credentialsRef` {HUB_ONLY}"),
+            *_DATASET_RULES,
             (
-                "!has(self.benchmark) || self.format == 'Auto'",
-                "`format` is for held-out data; remove it: a `benchmark`'s problems have a layout of their own",
+                "!has(self.benchmark) || (self.format == 'Auto' && !has(self.columns) && !has(self.split))",
+                "`format`, `columns` and `split` are for held-out data; remove them: a `benchmark`'s problems have a layout of"
+                " their own",
             ),
         )
     }

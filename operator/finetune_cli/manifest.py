@@ -8,8 +8,8 @@ from typing import Any
 
 import yaml
 
-from finetune_api import admission
 from finetune_api.job import API_VERSION, KIND
+from finetune_operator.local import admission
 
 
 class ManifestError(Exception):

@@ -121,7 +121,7 @@ BAD: dict[str, Bad] = {
     "benchmark with a format": Bad(
         "spec.datasets.evaluation.0",
         {"uri": "pvc://finetune/data/HumanEval.jsonl.gz", "benchmark": "HumanEval", "format": "Text"},
-        ("spec.datasets.evaluation[0]", "`format` is for held-out data"),
+        ("spec.datasets.evaluation[0]", "are for held-out data"),
     ),
     "unknown benchmark": Bad(
         "spec.datasets.evaluation.0.benchmark", "GSM8K", ("spec.datasets.evaluation[0].benchmark", "HumanEval", "MBPP")

@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune_api import admission, combinations
+from finetune_api import combinations
 from finetune_api.job import FineTuneJob
 from finetune_api.launch import LaunchSpec
 from finetune_operator.core.resolve import resolve
 from finetune_operator.core.settings import PlanConfig
+from finetune_operator.local import admission
 from tests.convert.golden import CASES, NAMES
 from tests.convert.test_keys import BASE, convert_values
 

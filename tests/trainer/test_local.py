@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 
-from finetune_api import admission
 from finetune_api.job import FineTuneJob
 from finetune_cli import run
 from finetune_cli.errors import CliError
 from finetune_operator.core.resolve import resolve
 from finetune_operator.core.settings import PlanConfig
+from finetune_operator.local import admission
 from finetune_trainer.server import bind
 from finetune_trainer.state import RankState, read_state
 from tests.trainer import jobs

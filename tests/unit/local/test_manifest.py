@@ -5,9 +5,10 @@ from typing import Any
 
 import pytest
 
-from finetune_api import admission, crd
+from finetune_api import crd
 from finetune_api.base import VALIDATIONS
 from finetune_cli.manifest import ManifestError, parse
+from finetune_operator.local import admission
 from tests.contract.manifests import BAD, GOOD, manifest
 
 

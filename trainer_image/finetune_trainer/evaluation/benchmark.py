@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from finetune_api.launch import LaunchGeneration
 from finetune_api.spec import BenchmarkName
 from finetune_trainer.attention import plain_attention
@@ -91,7 +93,8 @@ class Benchmarks:
         pending: dict[tuple[int, int, int], Future[Verdict]] = {}
         engine.eval()
         try:
-            with plain_attention(unwrap(engine)):
+            # Texts grow by a token at a time: what is compiled and what wants whole sequences stands aside.
+            with plain_attention(unwrap(engine)), torch.compiler.set_stance("force_eager"):
                 self._generate(engine, samples, pool, pending, stop_requested, beat)
             if not self.stopped:
                 self._wait(pending, stop_requested, beat)

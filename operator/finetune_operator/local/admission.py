@@ -84,6 +84,8 @@ def _unknown(value: Any, schema: Schema, path: Path) -> Iterator[Violation]:
     known = schema.get("properties")
     if isinstance(value, dict):
         for key, child in value.items():
+            if key not in (known or {}) and schema.get("x-kubernetes-preserve-unknown-fields"):
+                continue
             if known is not None and key not in known:
                 yield Violation((*path, key), _unknown_message((*path, key), list(known)))
             elif (inner := known[key] if known is not None else schema.get("additionalProperties")) is not None:
