@@ -164,7 +164,7 @@ def test_other_adapters_keep_pefts_way(assets: Assets, change: str) -> None:
     else:
         model = get_peft_model(llama(assets), LoraConfig(r=2, use_dora=True, target_modules=["q_proj"]))
     assert lora_linear.install(model) is False
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any(hasattr(module, "lora_group") for module in model.modules())
 
 
 def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Assets) -> None:
@@ -184,7 +184,7 @@ def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Ass
     assert regional.compile_layers(kernels.unwrap(model), whole=True, backend=compiler) == 4
     for a, b in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
-    assert len(graphs) == 2, "one for the first layer, whose input needs no gradient, and one for all others"
+    assert len(graphs) == 1, "all layers run the same code"
 
 
 def test_a_prefetched_batch_is_the_one_that_was_asked_for() -> None:

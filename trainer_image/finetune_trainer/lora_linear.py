@@ -8,6 +8,7 @@ Parameters and their names are peft's: checkpoints and exports do not change, no
 """
 
 import logging
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -213,19 +214,26 @@ class LoraGroup:
         return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
 
-class _Layer:
-    """The forward pass of one layer in a group; peft's own where the adapter is switched off."""
+@lru_cache(maxsize=1)
+def _in_place() -> Any:
+    """The class of layers that compute in a group.
 
-    def __init__(self, group: LoraGroup, index: int, layer: Any) -> None:
-        self._group, self._index, self._layer = group, index, layer
-        self._peft = type(layer).forward
+    A class and not a function set on each layer: compiled code is then the same for all layers of a model, while a function
+    would be told by its identity, and every layer compiled by itself.
+    """
+    from peft.tuners.lora.layer import Linear
 
-    def __call__(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        layer = self._layer
-        if layer.disable_adapters or layer.merged or args or kwargs:
-            result: torch.Tensor = self._peft(layer, x, *args, **kwargs)
-            return result
-        return self._group.output(self._index, x)
+    class InPlaceLinear(Linear):  # type: ignore[misc]
+        lora_group: LoraGroup
+        lora_index: int
+
+        def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+            if self.disable_adapters or self.merged or args or kwargs:
+                result: torch.Tensor = super().forward(x, *args, **kwargs)
+                return result
+            return self.lora_group.output(self.lora_index, x)
+
+    return InPlaceLinear
 
 
 def install(model: Any) -> bool:
@@ -263,7 +271,8 @@ def install(model: Any) -> bool:
 def _install(layers: list[Any]) -> None:
     group = LoraGroup(layers)
     for index, layer in enumerate(layers):
-        layer.forward = _Layer(group, index, layer)
+        layer.__class__ = _in_place()
+        layer.lora_group, layer.lora_index = group, index
 
 
 def _is_plain(layer: Any) -> bool:
