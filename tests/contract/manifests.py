@@ -314,14 +314,59 @@ BAD: dict[str, Bad] = {
         {"warmupSteps": 5, "warmupRatio": "0.1", "globalBatchSize": 4},
         ("spec.training", "`warmupRatio` or `warmupSteps`, not both"),
     ),
-    "parameter of another scheduler": Bad(
-        "spec.training.schedulerParameters",
-        {"power": "2"},
-        ("spec.training", "`schedulerParameters.power` is only for `scheduler: Polynomial`"),
+    "everything that does not go together": Bad(
+        "spec",
+        {
+            **GOOD["spec"],
+            "method": "QLoRA",
+            "adapter": {"variant": "DoRA"},
+            "training": {"optimizer": "AdamW8bit", "activationCheckpointing": "SelectiveOp"},
+            "deepspeed": {"zeroStage": 3, "offloadOptimizer": "CPU"},
+        },
+        (
+            "`method: QLoRA` with `deepspeed.zeroStage: 3` is refused",
+            "`adapter.variant: DoRA` with `deepspeed.zeroStage: 3` is refused",
+            "`training.activationCheckpointing: SelectiveOp` with `deepspeed.zeroStage: 3` is refused",
+            "`deepspeed.offloadOptimizer: CPU` with `training.optimizer: AdamW8bit",
+        ),
     ),
-    "DeepSpeed key of a field": Bad(
+    "parameters of other schedulers": Bad(
+        "spec.training.schedulerParameters",
+        {"numCycles": 2, "minLrRate": "0.1", "lrEnd": "1e-7", "power": "2", "timescale": 5, "numDecaySteps": 5},
+        tuple(
+            f"`schedulerParameters.{name}` is only for `scheduler:"
+            for name in ("numCycles", "minLrRate", "lrEnd", "power", "timescale", "numDecaySteps")
+        ),
+    ),
+    "DeepSpeed keys of fields": Bad(
         "spec.deepspeed.config",
-        {"train_batch_size": 8},
+        {
+            **{
+                key: {}
+                for key in (
+                    "activation_checkpointing",
+                    "amp",
+                    "bf16",
+                    "bfloat16",
+                    "data_types",
+                    "fp16",
+                    "optimizer",
+                    "scheduler",
+                )
+            },
+            **dict.fromkeys(["gradient_accumulation_steps", "train_batch_size", "train_micro_batch_size_per_gpu"], 8),
+            "gradient_clipping": "1",
+            "torch_autocast": {},
+            "zero_optimization": {
+                "compute_grad_norm": False,
+                "cpu_offload": True,
+                "cpu_offload_param": True,
+                "legacy_stage1": True,
+                "zenflow": {},
+                "offload_optimizer": {"device": "cpu", "ratio": 0.5, "super_offload": True},
+                "offload_param": {"device": "cpu", "nvme_path": "/nvme"},
+            },
+        },
         ("spec.deepspeed.config", "`train_batch_size` is decided by `training.globalBatchSize`"),
     ),
     "DeepSpeed stage in the raw block": Bad(

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune_api.launch import LaunchDataset, PathSource
-from finetune_api.spec import Attention, DatasetFormat
+from finetune_api.launch import LaunchDataset
+from finetune_api.spec import Attention
 from finetune_trainer import kernels
 from finetune_trainer.attention import Choice, choose, flash, layout_arguments, plain_attention, use, varlen
 from finetune_trainer.data.batches import IGNORE, Rows
@@ -17,7 +17,7 @@ from finetune_trainer.data.store import TokenStore, build_store
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.step import loss_sum
-from tests.trainer import tiny
+from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -26,9 +26,7 @@ ON_CPU = [Attention.SDPA, Attention.EAGER, Attention.VARLEN]
 
 @pytest.fixture(scope="module")
 def store(assets: Assets) -> TokenStore:
-    dataset = LaunchDataset(
-        uri="x", source=PathSource(path=str(assets.train)), format=DatasetFormat.AUTO, max_samples=None
-    )
+    dataset = LaunchDataset.model_validate(jobs.dataset(assets.train))
     return build_store([(dataset, assets.train)], Encoder(tiny.make_tokenizer(), "x"), 64, lambda: None)
 
 

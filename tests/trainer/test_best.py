@@ -77,7 +77,6 @@ def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: S
     changes = {**STOPPING, "benchmarks": with_benchmark(problems), "generation__maxNewTokens": 6}
     changes |= {"generation__samples": 2, "generation__temperature": 1.0, "adapter__dropout": 0.1}
     whole = start(tmp_path / "whole", **changes)
-    killed = start(tmp_path / "killed", **changes)
     report = whole.done()
     result = json.loads((whole.folder / "output" / "train_result.json").read_text())
     losses = {line["step"]: line["values"]["EvalLoss"] for line in result["metrics"]}
@@ -96,11 +95,12 @@ def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: S
     numbers = {x for tensor in exported.values() for x in tensor.flatten().tolist()}
     assert numbers <= pieces(best) and not numbers <= pieces(best + 3)
 
-    killed.wait_for(lambda state: state.step >= 1 and state.last_checkpoint_step is not None)
+    killed = start(tmp_path / "killed", **changes)
+    killed.wait_for(lambda state: state.last_checkpoint_step is not None)
     killed.kill_rank()
-    if killed.wait() != 0:  # else it was faster
-        resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
-        assert resumed.done()["message"] == report["message"]
+    assert killed.wait() != 0
+    resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
+    assert resumed.done()["message"] == report["message"]
     assert weights(killed.folder) == weights(whole.folder)
     again = json.loads((killed.folder / "output" / "train_result.json").read_text())
     assert again["metrics"] == result["metrics"]

@@ -48,6 +48,8 @@ class Command:
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
+            # A shell that put the tests into the background has them ignore SIGINT, and what is ignored is inherited.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
 
     def run(self, stub: str, *options: str) -> tuple[int, str]:
@@ -59,16 +61,21 @@ class Command:
         path = self.folder / "checkpoints" / "default.good.run" / f"attempt-{attempt}.log"
         return path.read_text() if path.exists() else ""
 
+    def state(self) -> str:
+        """Everything that is kept of the run, for a failing test."""
+        files = sorted(path for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
+        return "\n".join(f"{path}: {path.read_text(errors='replace')}" for path in files)
+
     def wait_for_start(self, attempt: int = 1) -> int:
         """Returns the trainer's process id."""
-        _wait(lambda: "started" in self.log(attempt) and self.log(attempt).endswith("\n"))
+        _wait(lambda: "started" in self.log(attempt) and self.log(attempt).endswith("\n"), self.state)
         return int(self.log(attempt).split()[3])
 
 
-def _wait(check: Callable[[], bool]) -> None:
+def _wait(check: Callable[[], bool], state: Callable[[], str]) -> None:
     deadline = time.monotonic() + 60
     while not check():
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, state()
         time.sleep(0.01)
 
 
@@ -111,10 +118,10 @@ def test_a_killed_command_takes_its_trainer_along_and_nothing_starts_before_that
     process.kill()
     process.communicate()
     status, said = command.run("succeed")
-    _wait(lambda: "saved" in command.log())
+    _wait(lambda: "saved" in command.log(), lambda: f"{status}: {said}\n{command.state()}")
     if status == 2:  # the trainer was still saving
         assert "is running already" in said
-        _wait(lambda: not Path(f"/proc/{trainer}").exists())
+        _wait(lambda: not Path(f"/proc/{trainer}").exists(), command.state)
         status, said = command.run("succeed")
     assert status == 0 and "Complete" in said, said
 

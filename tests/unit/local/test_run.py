@@ -38,7 +38,7 @@ class Fake:
         return self.text
 
     def end(self, code: int, reason: str | None = None, **report: Any) -> None:
-        self.text = json.dumps({"reason": reason, "message": f"why: {reason}", **report})
+        self.text = json.dumps({"reason": reason, "message": f"why: {reason}" if reason else "", **report})
         self.code = code
 
 
