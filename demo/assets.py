@@ -30,7 +30,7 @@ class Assets:
     model: Path
     """The converted model; may not exist yet."""
     humaneval: Path
-    """`train.jsonl` and `heldout.jsonl`."""
+    """`train.jsonl` and `heldout.jsonl`, conversations; `heldout-problems.jsonl`, HumanEval's own records of the latter."""
 
     @property
     def gguf(self) -> Path:
@@ -90,6 +90,8 @@ def _write_humaneval(source: Path, target: Path) -> None:
     for name, part in (("train", problems[:NUM_TRAIN]), ("heldout", problems[NUM_TRAIN:])):
         lines = [json.dumps({"messages": _messages(problem)}, ensure_ascii=False) for problem in part]
         (target / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    records = [json.dumps(problem, ensure_ascii=False) for problem in problems[NUM_TRAIN:]]
+    (target / "heldout-problems.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
 
 
 def _messages(problem: dict[str, str]) -> list[dict[str, str]]:

@@ -111,6 +111,8 @@ def test_humaneval_is_split_into_conversations(tmp_path: Path) -> None:
     assert [message["role"] for message in train[0]] == ["user", "assistant"]
     assert "def f128()" in held_out[0][0]["content"]
     assert held_out[0][1]["content"] == "    return 1"
+    problems = (tmp_path / "heldout-problems.jsonl").read_text().splitlines()
+    assert len(problems) == 36 and json.loads(problems[0])["prompt"] == "def f128():\n"
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,8 @@ from tests.e2e.kube import Kubectl, wait_for
 CLAIM = "finetune"
 TRAIN = f"pvc://{CLAIM}/datasets/humaneval/train.jsonl"
 HELD_OUT = f"pvc://{CLAIM}/datasets/humaneval/heldout.jsonl"
+PROBLEMS = f"pvc://{CLAIM}/datasets/humaneval/heldout-problems.jsonl"
+"""HumanEval's own records of what is held out."""
 SMOLLM2 = f"pvc://{CLAIM}/models/SmolLM2-135M-Instruct"
 SMALL = f"pvc://{CLAIM}/models/SmolLM2-first-2-layers"
 """The real weights, cut after the second layer: a step takes a fraction of a second."""

@@ -3,7 +3,8 @@
 import json
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -55,6 +56,17 @@ class Kubectl:
         found = json.loads(self("get", kind, "-o", "json", *(["-l", selector] if selector else [])))
         items: list[dict[str, Any]] = found["items"]
         return items
+
+    @contextmanager
+    def proxy(self) -> Iterator[str]:
+        """The API server's address for plain HTTP while the block runs."""
+        command = [self.binary, "--kubeconfig", self.kubeconfig, "proxy", "--port=0"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            try:
+                yield f"http://{process.stdout.readline().split()[-1]}"  # Starting to serve on 127.0.0.1:PORT
+            finally:
+                process.terminate()
 
     def exec(self, pod: str, *command: str, container: str | None = None) -> str:
         """Runs a command in a pod."""

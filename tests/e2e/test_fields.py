@@ -1,0 +1,136 @@
+"""Fields beside the everyday ones, in two jobs that run side by side: each reaches a real trainer and has its effect."""
+
+import json
+from typing import Any
+
+import pytest
+
+from tests.contract.manifests import GOOD
+from tests.e2e.cluster import Cluster
+from tests.e2e.jobs import CLAIM, HELD_OUT, PROBLEMS, TRAIN, Job, start
+from tests.e2e.volume import TOOLBOX
+
+pytestmark = pytest.mark.cluster
+
+QLORA: dict[str, Any] = {
+    "datasets": {
+        "train": [
+            {"uri": TRAIN, "format": "Messages", "maxSamples": 32, "weight": "2"},
+            {"uri": HELD_OUT, "format": "Messages", "tags": {"userTag": "user"}, "weight": "1"},
+        ],
+        "evaluation": [
+            {"uri": HELD_OUT, "format": "Messages", "maxSamples": 4},
+            {"uri": PROBLEMS, "benchmark": "HumanEval", "maxSamples": 2},
+        ],
+    },
+    "method": "QLoRA",
+    "adapter": {"variant": "DoRA", "loraPlusRatio": "4"},
+    "quantization": {"bits": 4, "doubleQuantization": True},
+    "training": {
+        "maxSteps": 6,
+        "packing": True,
+        "globalBatchSize": 2,
+        "overlong": "Split",
+        "maskHistory": True,
+        "attention": "Varlen",
+        "optimizer": "AdamW8bit",
+        "adamBeta2": "0.99",
+        "scheduler": "WarmupStableDecay",
+        "schedulerParameters": {"numDecaySteps": 2},
+        "warmupSteps": 2,
+        "activationCheckpointing": "SelectiveOp",
+        "evalEverySteps": 3,
+    },
+    "evaluation": {"metric": "EvalLoss", "exportBest": True, "generation": {"maxNewTokens": 8}},
+    "tracking": {"tensorBoard": {"uri": f"pvc://{CLAIM}/outputs/boards"}, "wandb": {"project": "tests"}},
+    "trainer": {"env": [{"name": "WANDB_MODE", "value": "offline"}]},
+    "checkpoint": {"everySteps": 2, "background": True},
+}
+FREEZE: dict[str, Any] = {
+    "method": "Freeze",
+    "adapter": None,
+    "freeze": {"trainableLayers": 1, "trainableModules": ["mlp"]},
+    "training": {
+        "maxSteps": 4,
+        "precision": "PureBF16",
+        "optimizer": "PagedAdamW",
+        "overlong": "TruncateShare",
+        "trainOnPrompt": True,
+        "groupByLength": True,
+        "attention": "Eager",
+        "activationCheckpointing": "FullOffload",
+    },
+    "deepspeed": {"zeroStage": 1, "config": {"zero_optimization": {"reduce_bucket_size": 1000000}}},
+    "output": {"maxShardSize": "20MB"},
+}
+ADMITTED: dict[str, dict[str, Any]] = {
+    "merged adapter, shards": {"output": {**GOOD["spec"]["output"], "mergeAdapter": True, "maxShardSize": "2GiB"}},
+    "liger and compile": {
+        "training": {**GOOD["spec"]["training"], "ligerKernel": True, "compile": True, "attention": "Flex"}
+    },
+    "columns": {
+        "datasets": {
+            "train": [
+                {"uri": "pvc://c/d", "format": "Alpaca", "columns": {"prompt": "q", "response": "a"}, "split": "train"}
+            ]
+        }
+    },
+    "template by name": {"model": {"uri": "pvc://c/m", "chatTemplate": "llama3"}},
+    "early stopping": {
+        "evaluation": {"metric": "TokenAccuracy", "earlyStoppingPatience": 2, "earlyStoppingMinDelta": "0.01"},
+        "training": {**GOOD["spec"]["training"], "evalEverySteps": 2},
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def jobs(cluster: Cluster) -> tuple[Job, Job]:
+    """Both, Complete."""
+    started = start(cluster.kubectl, "qlora", QLORA), start(cluster.kubectl, "freeze", FREEZE)
+    for job in started:
+        job.complete()
+    return started
+
+
+def test_qlora_with_a_benchmark_and_trackers(cluster: Cluster, jobs: tuple[Job, Job]) -> None:
+    qlora, _ = jobs
+    progress = qlora.status["progress"]
+    metrics = {metric["name"]: metric["value"] for metric in progress["metrics"]}
+    assert set(metrics) == {"EvalLoss", "TokenAccuracy", "HumanEvalPassAt1"}
+    result = json.loads(_read(cluster, f"outputs/{qlora.name}/train_result.json"))
+    measured = {line["step"]: line["values"]["EvalLoss"] for line in result["metrics"]}
+    assert set(measured) == {0, 3, 6} and result["exported_step"] in (3, 6)
+    assert min(measured[3], measured[6]) < measured[0]
+    config = json.loads(_read(cluster, f"outputs/{qlora.name}/adapter_config.json"))
+    assert config["use_dora"] is True
+    boards = cluster.kubectl.exec(TOOLBOX, "sh", "-c", "ls /mnt/outputs/boards/*")
+    assert "events.out.tfevents" in boards
+
+
+def test_frozen_layers_stay_and_the_output_has_shards(cluster: Cluster, jobs: tuple[Job, Job]) -> None:
+    _, freeze = jobs
+    changed = cluster.kubectl.exec(TOOLBOX, "python", "-c", CHANGED, f"/mnt/outputs/{freeze.name}").split()
+    assert changed and all(name.startswith("model.layers.1.mlp.") for name in changed), changed
+
+
+CHANGED = """
+import glob, sys
+from safetensors.torch import load_file
+def weights(folder):
+    files = glob.glob(folder + "/*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}, len(files)
+ours, count = weights(sys.argv[1])
+base, _ = weights("/mnt/models/SmolLM2-first-2-layers")
+assert count > 1, count
+print(*(name for name in ours if not ours[name].equal(base[name].to(ours[name].dtype))))
+"""
+
+
+@pytest.mark.parametrize("case", ADMITTED)
+def test_admitted(cluster: Cluster, case: str) -> None:
+    manifest = {**GOOD, "spec": {**GOOD["spec"], **ADMITTED[case]}}
+    assert "created" in cluster.kubectl.apply(manifest, dry_run=True)
+
+
+def _read(cluster: Cluster, path: str) -> str:
+    return cluster.kubectl.exec(TOOLBOX, "cat", f"/mnt/{path}")
