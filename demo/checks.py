@@ -24,7 +24,7 @@ LOGS = cache_dir() / "log" / "test"
 LINTERS = {
     "ruff format": ["-m", "ruff", "format", "--check", "."],
     "ruff check": ["-m", "ruff", "check", "."],
-    "mypy": ["-m", "mypy"],
+    "mypy": ["-m", "mypy", "--cache-dir", str(cache_dir() / "mypy")],
     "import-linter": ["-c", "from importlinter.cli import lint_imports_command; lint_imports_command()"],
 }
 NO_TESTS = 5

@@ -73,7 +73,7 @@ STOPPING: dict[str, Any] = {
 
 
 def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: StartPod, tmp_path: Path) -> None:
-    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [easy_problem(n) for n in range(3)])
+    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [easy_problem(0)])
     changes = {**STOPPING, "benchmarks": with_benchmark(problems), "generation__maxNewTokens": 6}
     changes |= {"generation__samples": 2, "generation__temperature": 1.0, "adapter__dropout": 0.1}
     whole = start(tmp_path / "whole", **changes)
