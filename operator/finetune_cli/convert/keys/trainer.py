@@ -2,7 +2,7 @@
 
 from finetune_cli.convert.table import Key, Kind, no_effect, parts, refused
 
-_LOGGING = "every step is logged, as JSON, with the level that the operator's installation has"
+_LOGGING = "how often a line is logged is the trainer's own matter; status and metrics have the newest step"
 _DDP = "ranks are DeepSpeed's, not DistributedDataParallel's"
 _LOADER = "the loaders are the trainer's own; order and result do not depend on it"
 _EVAL_LOSS = "it changes how evaluation computes, not the loss that it measures"
@@ -116,7 +116,7 @@ NO_EFFECT: tuple[Key, ...] = tuple(
             ),
         ),
         (
-            "every mode that can be deterministic is; kernels that cannot are named in the docs",
+            "order of data, dropout and resuming are exact in any case; the rest is the kernels' own",
             (("full_determinism", Kind.BOOL, False),),
         ),
         ("the allocator keeps its cache, which is faster", (("torch_empty_cache_steps", Kind.INT, None),)),
