@@ -52,6 +52,7 @@ CONTRARY = {
     "metric_for_best_model": {"eval_dataset": "b", "load_best_model_at_end": True},
     "load_best_model_at_end": {"eval_dataset": "b"},
     "early_stopping_steps": {"eval_dataset": "b"},
+    "greater_is_better": {"eval_dataset": "b", "load_best_model_at_end": True},
     "freeze_trainable_layers": {"finetuning_type": "freeze"},
     "freeze_trainable_modules": {"finetuning_type": "freeze"},
     "freeze_extra_modules": {"finetuning_type": "freeze"},

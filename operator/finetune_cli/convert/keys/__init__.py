@@ -1,6 +1,6 @@
 """The table: every key of LLaMA-Factory's training, and what becomes of it."""
 
-from finetune_cli.convert.keys import data, habits, method, model, trainer, training
+from finetune_cli.convert.keys import data, habits, launch, method, model, trainer, training
 from finetune_cli.convert.table import Key
 
 GROUPS: dict[str, tuple[Key, ...]] = {
@@ -23,11 +23,11 @@ GROUPS: dict[str, tuple[Key, ...]] = {
     "Other optimizers": method.OPTIMIZERS,
     "Preference training": method.PREFERENCE,
     "SwanLab": method.SWANLAB,
-    "Ray and launching": trainer.LAUNCH,
+    "Ray and launching": launch.LAUNCH,
     "Export": model.EXPORT,
     "Inference engines and KTransformers": model.ENGINES,
     "Benchmarks of LLaMA-Factory": data.BENCHMARK,
-    "Megatron": trainer.MEGATRON,
+    "Megatron": launch.MEGATRON,
 }
 """As the documentation shows it."""
 

@@ -66,11 +66,15 @@ DATA: tuple[Key, ...] = (
     no_effect("buffer_size", Kind.INT, 16384, "the order is a random one over all data, not one inside a buffer"),
     no_effect("overwrite_cache", Kind.BOOL, False, _CACHE),
     no_effect("tokenized_path", Kind.TEXT, None, f"{_CACHE}; it is kept beside the `hf://` downloads (`cache.uri`)"),
-    no_effect("data_shared_file_system", Kind.BOOL, False, "one process tokenises; the others wait for it"),
+    no_effect("data_shared_file_system", Kind.BOOL, False, "it changes who tokenises, not the result"),
     no_effect("preprocessing_batch_size", Kind.INT, 1000, "it changes how fast data are tokenised, not the result"),
-    no_effect("preprocessing_num_workers", Kind.INT, None, "tokenising uses the CPUs that the pod has"),
-    no_effect(
-        "eval_on_each_dataset", Kind.BOOL, False, "each data set in `datasets.evaluation` is always reported on its own"
+    no_effect("preprocessing_num_workers", Kind.INT, None, "it changes how fast data are tokenised, not the result"),
+    refused(
+        "eval_on_each_dataset",
+        Kind.BOOL,
+        False,
+        "the held-out loss is one, over all evaluation sets together",
+        "one set in `eval_dataset`",
     ),
     refused(
         "val_size",

@@ -39,6 +39,7 @@ METHOD: tuple[Key, ...] = (
         "evaluation.earlyStoppingPatience",
         "evaluations without improvement, as LLaMA-Factory counts them",
         least=1,
+        most=1000,
     ),
     refused(
         "freeze_language_model",

@@ -5,7 +5,7 @@ from finetune_cli.convert.table import Key, Kind, no_effect, parts, refused, tra
 _TOKENS = "new tokens change the vocabulary, which is kept as the model has it"
 _ADD_TOKENS = "a model whose tokenizer and embeddings were extended and saved before"
 _INFERENCE = "it is for inference; nothing of it is used in training"
-_NO_UNSLOTH = "`training.compile: true` and `training.ligerKernel: true`, which are as fast"
+_NO_UNSLOTH = "`training.compile: true` and `training.ligerKernel: true`, which need no patched model"
 
 MODEL: tuple[Key, ...] = (
     translated(
@@ -35,7 +35,7 @@ MODEL: tuple[Key, ...] = (
     translated("use_unsloth_gc", Kind.BOOL, False, "training.activationCheckpointing", "true: FullOffload"),
     translated("cache_dir", Kind.TEXT, None, "cache.uri", "only if `--cache-uri` says which volume it is"),
     no_effect("use_fast_tokenizer", Kind.BOOL, True, "the fast tokenizer is always used"),
-    no_effect("low_cpu_mem_usage", Kind.BOOL, True, "weights are always read from the file straight to their place"),
+    no_effect("low_cpu_mem_usage", Kind.BOOL, True, "it changes how weights are loaded, not the result"),
     no_effect("use_reentrant_gc", Kind.BOOL, True, "it changes how recomputation is done, not its result"),
     no_effect(
         "trust_remote_code",
@@ -47,7 +47,7 @@ MODEL: tuple[Key, ...] = (
     no_effect("infer_backend", Kind.TEXT, "huggingface", _INFERENCE),
     no_effect("infer_dtype", Kind.TEXT, "auto", _INFERENCE),
     no_effect("offload_folder", Kind.TEXT, "offload", _INFERENCE),
-    no_effect("print_param_status", Kind.BOOL, False, "the log has the number of trained and of all weights"),
+    no_effect("print_param_status", Kind.BOOL, False, "it only prints; the log has the number of trained weights"),
     no_effect("use_v1_kernels", Kind.BOOL, False, "it is for LLaMA-Factory's other engine; see `training.ligerKernel`"),
     refused(
         "adapter_name_or_path",

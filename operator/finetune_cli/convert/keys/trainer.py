@@ -2,7 +2,7 @@
 
 from finetune_cli.convert.table import Key, Kind, no_effect, parts, refused
 
-_LOGGING = "every step is logged, as JSON, with the level that the operator's installation has"
+_LOGGING = "how often a line is logged is the trainer's own matter; status and metrics have the newest step"
 _DDP = "ranks are DeepSpeed's, not DistributedDataParallel's"
 _LOADER = "the loaders are the trainer's own; order and result do not depend on it"
 _EVAL_LOSS = "it changes how evaluation computes, not the loss that it measures"
@@ -116,7 +116,7 @@ NO_EFFECT: tuple[Key, ...] = tuple(
             ),
         ),
         (
-            "every mode that can be deterministic is; kernels that cannot are named in the docs",
+            "order of data, dropout and resuming are exact in any case; the rest is the kernels' own",
             (("full_determinism", Kind.BOOL, False),),
         ),
         ("the allocator keeps its cache, which is faster", (("torch_empty_cache_steps", Kind.INT, None),)),
@@ -301,48 +301,4 @@ REFUSED: tuple[Key, ...] = (
         ("profiler_with_stack", Kind.BOOL, True),
         ("profile_modules", Kind.TEXT, None),
     ),
-)
-
-_RANKS = "`--num-nodes` and `--num-proc-per-node`"
-LAUNCH: tuple[Key, ...] = (
-    refused("ray_num_workers", Kind.INT, 1, "Ray is not used: the operator starts the ranks", _RANKS),
-    refused("ray_init_kwargs", Kind.ANY, None, "Ray is not used: the operator starts the ranks", _RANKS),
-    no_effect("ray_run_name", Kind.TEXT, None, "Ray is not used: the operator starts the ranks"),
-    no_effect("ray_storage_path", Kind.TEXT, "./saves", "Ray is not used: the operator starts the ranks"),
-    no_effect("resources_per_worker", Kind.ANY, {"GPU": 1}, "Ray is not used: every rank gets one GPU"),
-    no_effect("placement_strategy", Kind.TEXT, "PACK", "Ray is not used: pods are spread over nodes"),
-    no_effect("master_addr", Kind.TEXT, None, "the operator gives the ranks their meeting point"),
-    no_effect("master_port", Kind.TEXT, None, "the operator gives the ranks their meeting point"),
-)
-
-MEGATRON: tuple[Key, ...] = tuple(
-    refused(name, kind, default, "Megatron Bridge is not supported", "`deepspeed` with stage 3", off=(default,))
-    for name, kind, default in (
-        ("tensor_model_parallel_size", Kind.INT, 1),
-        ("pipeline_model_parallel_size", Kind.INT, 1),
-        ("expert_model_parallel_size", Kind.INT, 1),
-        ("context_parallel_size", Kind.INT, 1),
-        ("virtual_pipeline_model_parallel_size", Kind.INT, None),
-        ("sequence_parallel", Kind.BOOL, False),
-        ("recompute_granularity", Kind.TEXT, None),
-        ("recompute_method", Kind.TEXT, None),
-        ("recompute_num_layers", Kind.INT, None),
-        ("account_for_embedding_in_pipeline_split", Kind.BOOL, None),
-        ("account_for_loss_in_pipeline_split", Kind.BOOL, None),
-        ("bias_activation_fusion", Kind.BOOL, None),
-        ("apply_rope_fusion", Kind.BOOL, None),
-        ("masked_softmax_fusion", Kind.BOOL, None),
-        ("cross_entropy_loss_fusion", Kind.BOOL, None),
-        ("moe_grouped_gemm", Kind.BOOL, None),
-        ("moe_token_dispatcher_type", Kind.TEXT, None),
-        ("calculate_per_token_loss", Kind.BOOL, None),
-        ("use_distributed_optimizer", Kind.BOOL, True),
-        ("overlap_param_gather", Kind.BOOL, True),
-        ("overlap_grad_reduce", Kind.BOOL, True),
-        ("use_packed_sequences", Kind.BOOL, False),
-        ("mixed_precision", Kind.TEXT, "bf16_mixed"),
-        ("megatron_pretrained_checkpoint", Kind.TEXT, None),
-        ("export_hf_on_finish", Kind.BOOL, False),
-        ("extra_config", Kind.TEXT, None),
-    )
 )

@@ -111,16 +111,10 @@ EVALUATION: tuple[Key, ...] = (
         Kind.FLOAT,
         500,
         "training.evalEverySteps",
-        "only where `eval_steps` is absent; every step is logged here",
+        "only where `eval_steps` is absent",
         least=0,
     ),
-    translated(
-        "load_best_model_at_end",
-        Kind.BOOL,
-        False,
-        "evaluation.metric",
-        "true: the best checkpoint is kept and exported",
-    ),
+    translated("load_best_model_at_end", Kind.BOOL, False, "evaluation.exportBest, evaluation.metric"),
     translated("metric_for_best_model", Kind.TEXT, None, "evaluation.metric", "absent: the loss"),
     translated("greater_is_better", Kind.BOOL, None, "evaluation.metric", "only as the metric has it"),
 )

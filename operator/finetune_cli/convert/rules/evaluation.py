@@ -49,7 +49,7 @@ def schedule(c: Conversion) -> None:
     if "eval_steps" in c.config and "eval_steps" not in c.accounted:
         c.note("eval_steps", "no effect without `eval_strategy: steps`")
     if "logging_steps" in c.config and "logging_steps" not in c.accounted:
-        c.note("logging_steps", "no effect here: every step is logged")
+        c.note("logging_steps", "no effect here: how often a line is logged is the trainer's own matter")
 
 
 def whole_steps(c: Conversion, key: str) -> int | None:
@@ -64,7 +64,7 @@ def whole_steps(c: Conversion, key: str) -> int | None:
 
 
 def best(c: Conversion) -> None:
-    """`evaluation.metric` and early stopping."""
+    """`evaluation`: the metric of the best checkpoint, what is exported, early stopping."""
     name, patience = c.config["metric_for_best_model"], c.config["early_stopping_steps"]
     keys = ("load_best_model_at_end", "metric_for_best_model", "greater_is_better")
     if not c.config["load_best_model_at_end"] and patience is None:
@@ -83,22 +83,26 @@ def best(c: Conversion) -> None:
         known = ", ".join(f"`{m}`" for m in _METRICS)
         c.refuse("metric_for_best_model", f"not measured here; there are {known}", "one of them", *keys)
     else:
-        c.put("evaluation.metric", metric, "load_best_model_at_end", "metric_for_best_model")
-        greater = c.config["greater_is_better"]
-        if greater is not None and greater != (metric != "EvalLoss"):
-            c.refuse(
-                "greater_is_better",
-                f"the best {name or 'loss'} is the {'least' if metric == 'EvalLoss' else 'greatest'}",
-                "remove the line",
-            )
-        c.settle("evaluation.metric", "greater_is_better")
+        _metric(c, name or "loss", metric, sets)
+    c.put("evaluation.exportBest", c.config["load_best_model_at_end"], "load_best_model_at_end")
     if patience is not None:
         c.put("evaluation.earlyStoppingPatience", patience, "early_stopping_steps")
-        if not c.config["load_best_model_at_end"]:
-            c.note(
-                "early_stopping_steps",
-                "the best checkpoint is kept and exported too, as with `load_best_model_at_end: true`",
-            )
+
+
+def _metric(c: Conversion, name: str, metric: str, sets: list[dict[str, Any]]) -> None:
+    """`evaluation.metric`, which something in `eval_dataset` has to measure."""
+    needed = next((benchmark for benchmark, ours in _PASS.items() if ours == metric), None)
+    if sets and all(entry.get("benchmark") != needed for entry in sets):
+        c.refuse(
+            "metric_for_best_model",
+            f"nothing in `eval_dataset` measures `{name}`",
+            f"{f'`{needed.lower()}`' if needed else 'a held-out set'} in `eval_dataset`",
+        )
+    c.put("evaluation.metric", metric, "metric_for_best_model")
+    greater, rises = c.config["greater_is_better"], metric != "EvalLoss"
+    if greater is not None and greater != rises:
+        c.refuse("greater_is_better", f"the best {name} is the {'greatest' if rises else 'least'}", "remove the line")
+    c.settle("evaluation.metric", "greater_is_better")
 
 
 def _default_metric(c: Conversion, sets: list[dict[str, Any]]) -> str:
