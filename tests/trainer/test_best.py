@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_api.reasons import FAILURES, Reason
 from finetune_api.spec import EvaluationMetric
 from finetune_trainer.evaluation.best import best_step, evaluations_without_improvement
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import StartPod
-from tests.trainer.test_benchmarks import easy_problem, with_benchmark
+from tests.trainer.test_benchmarks import odd_problem, with_benchmark
 from tests.trainer.test_resume import weights
 
 LOSS, ACCURACY = EvaluationMetric.EVAL_LOSS, EvaluationMetric.TOKEN_ACCURACY
@@ -73,11 +74,15 @@ STOPPING: dict[str, Any] = {
 
 
 def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: StartPod, tmp_path: Path) -> None:
-    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [easy_problem(n) for n in range(3)])
+    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [odd_problem(n) for n in range(3)])
     changes = {**STOPPING, "benchmarks": with_benchmark(problems), "generation__maxNewTokens": 6}
     changes |= {"generation__samples": 2, "generation__temperature": 1.0, "adapter__dropout": 0.1}
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)
+    killed.wait_for(lambda state: state.step >= 1 and state.last_checkpoint_step is not None)
+    killed.kill_rank()
+    assert killed.wait() == FAILURES[Reason.RANK_KILLED].exit_code
+    resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
     report = whole.done()
     result = json.loads((whole.folder / "output" / "train_result.json").read_text())
     losses = {line["step"]: line["values"]["EvalLoss"] for line in result["metrics"]}
@@ -96,11 +101,7 @@ def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: S
     numbers = {x for tensor in exported.values() for x in tensor.flatten().tolist()}
     assert numbers <= pieces(best) and not numbers <= pieces(best + 3)
 
-    killed.wait_for(lambda state: state.step >= 1 and state.last_checkpoint_step is not None)
-    killed.kill_rank()
-    if killed.wait() != 0:  # else it was faster
-        resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
-        assert resumed.done()["message"] == report["message"]
+    assert resumed.done()["message"] == report["message"]
     assert weights(killed.folder) == weights(whole.folder)
     again = json.loads((killed.folder / "output" / "train_result.json").read_text())
     assert again["metrics"] == result["metrics"]
