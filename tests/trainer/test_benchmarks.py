@@ -177,10 +177,15 @@ def test_drawn_tokens_have_the_models_probabilities() -> None:
     assert top == {0, 1}, "0.80 + 0.19: the first alone is less than 0.8"
 
 
-def easy_problem(number: int) -> dict[str, Any]:
-    """Passes with any answer that is Python, such as none at all."""
-    return {"task_id": f"T/{number}", "prompt": f'def f{number}():\n    """the cat {number}"""\n', "entry_point": f"f{number}",
-            "test": "def check(f): pass\n"}  # fmt: skip
+def odd_problem(number: int, check: str = "assert sum(map(ord, text)) % 2") -> dict[str, Any]:
+    """The answer lands in a string, and about every second one passes: any other text is likely to be judged otherwise."""
+    prompt = f'def f{number}(): pass\n# the cat {number}\ntext = r"""'
+    return {
+        "task_id": f"T/{number}",
+        "prompt": prompt,
+        "entry_point": f"f{number}",
+        "test": f'"""\ndef check(f):\n    {check}\n',
+    }
 
 
 WITH_BENCHMARK: dict[str, Any] = {
@@ -211,9 +216,8 @@ def step_losses(pod: jobs.Pod) -> list[str]:
 
 def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_path: Path) -> None:
     """The same bits of every loss with and without a benchmark; the same result on one rank and on two with ZeRO-3."""
-    problems = [easy_problem(n) for n in range(5)]
-    hard = {**easy_problem(9), "test": "def check(f): assert f() == 3\n"}
-    file = tiny.write_jsonl(tmp_path / "problems.jsonl", [*problems, hard])
+    problems = [*map(odd_problem, range(5)), odd_problem(9, "assert f() == 3")]
+    file = tiny.write_jsonl(tmp_path / "problems.jsonl", problems)
     benchmarks = with_benchmark(file)
     changes = {**WITH_BENCHMARK, "training__microBatchSize": 1}
     plain = start(tmp_path / "plain", **changes)
@@ -224,7 +228,7 @@ def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_pat
     assert step_losses(one) == step_losses(plain)
     found = evaluations(one)
     assert [line["step"] for line in found] == [0, 3, 6]
-    assert all(0 <= line["HumanEvalPassAt1"] <= line["HumanEvalPassAt2"] <= 5 / 6 for line in found)
+    assert all(0 < line["HumanEvalPassAt1"] < line["HumanEvalPassAt2"] <= 5 / 6 for line in found), found
     assert all(0 < line["TokenAccuracy"] < 1 for line in found)
     assert found[-1]["TokenAccuracy"] > found[0]["TokenAccuracy"]
     names = {metric["name"]: metric for metric in report["metrics"]}

@@ -8,11 +8,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_api.reasons import FAILURES, Reason
 from finetune_api.spec import EvaluationMetric
 from finetune_trainer.evaluation.best import best_step, evaluations_without_improvement
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import StartPod
-from tests.trainer.test_benchmarks import easy_problem, with_benchmark
+from tests.trainer.test_benchmarks import odd_problem, with_benchmark
 from tests.trainer.test_resume import weights
 
 LOSS, ACCURACY = EvaluationMetric.EVAL_LOSS, EvaluationMetric.TOKEN_ACCURACY
@@ -73,7 +74,7 @@ STOPPING: dict[str, Any] = {
 
 
 def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: StartPod, tmp_path: Path) -> None:
-    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [easy_problem(0)])
+    problems = tiny.write_jsonl(tmp_path / "problems.jsonl", [odd_problem(0)])
     changes = {**STOPPING, "benchmarks": with_benchmark(problems), "generation__maxNewTokens": 6}
     changes |= {"generation__samples": 2, "generation__temperature": 1.0, "adapter__dropout": 0.1}
     whole = start(tmp_path / "whole", **changes)
@@ -98,7 +99,7 @@ def test_stops_early_keeps_and_exports_the_best_and_resumes_to_the_same(start: S
     killed = start(tmp_path / "killed", **changes)
     killed.wait_for(lambda state: state.last_checkpoint_step is not None)
     killed.kill_rank()
-    assert killed.wait() != 0
+    assert killed.wait() == FAILURES[Reason.RANK_KILLED].exit_code
     resumed = jobs.Pod(killed.folder, jobs.next_attempt(killed.spec), killed.server)
     assert resumed.done()["message"] == report["message"]
     assert weights(killed.folder) == weights(whole.folder)
