@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ class Command:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.body: dict[str, Any] = copy.deepcopy(GOOD)
+        self.started: list[subprocess.Popen[str]] = []
         self.body["spec"]["trainer"]["env"] = [{"name": "GREETING", "value": "hello"}]
 
     def start(self, stub: str, *options: str) -> subprocess.Popen[str]:
@@ -41,7 +42,7 @@ class Command:
         ]
         path = os.pathsep.join([str(STUB), *filter(None, sys.path)])
         environment = {**os.environ, "STUB": stub, "PYTHONPATH": path}
-        return subprocess.Popen(
+        process = subprocess.Popen(
             command,
             env=environment,
             stdout=subprocess.PIPE,
@@ -51,6 +52,8 @@ class Command:
             # A shell that put the tests into the background has them ignore SIGINT, and what is ignored is inherited.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
         )
+        self.started.append(process)
+        return process
 
     def run(self, stub: str, *options: str) -> tuple[int, str]:
         process = self.start(stub, *options)
@@ -80,8 +83,12 @@ def _wait(check: Callable[[], bool], state: Callable[[], str]) -> None:
 
 
 @pytest.fixture
-def command(tmp_path: Path) -> Command:
-    return Command(tmp_path)
+def command(tmp_path: Path) -> Iterator[Command]:
+    made = Command(tmp_path)
+    yield made
+    for process in made.started:
+        process.kill()  # of a test that failed; nothing happens to one that has ended
+        process.wait()
 
 
 def test_complete_then_already_complete_then_fresh(command: Command) -> None:
