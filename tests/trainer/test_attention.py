@@ -11,7 +11,7 @@ from finetune_api.launch import LaunchDataset
 from finetune_api.spec import Attention
 from finetune_trainer import kernels
 from finetune_trainer.attention import Choice, choose, flash, layout_arguments, plain_attention, use, varlen
-from finetune_trainer.data.batches import IGNORE, Rows
+from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore, build_store
 from finetune_trainer.data.tokenize import Encoder
@@ -19,6 +19,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.step import loss_sum
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.test_numbers import padded
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ON_CPU = [Attention.SDPA, Attention.EAGER, Attention.VARLEN]
@@ -88,14 +89,7 @@ def test_loss_and_gradient_are_those_of_transformers(store: TokenStore, assets: 
     from transformers import AutoModelForCausalLM
 
     rows = Rows(store, single_rows(len(store)), packed=False)
-    lengths = store.lengths[:4].tolist()
-    ids = torch.full((4, max(lengths)), 2)
-    labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
-    for row, length in enumerate(lengths):
-        part = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
-        ids[row, :length] = torch.tensor(store.ids[part])
-        mask[row, :length] = 1
-        labels[row, :length] = torch.where(torch.tensor(store.targets[part]), ids[row, :length], IGNORE)
+    ids, labels, mask = padded(store, 4)
     theirs = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32)
     ours = model_with(assets, attention)
     expected = theirs(input_ids=ids, attention_mask=mask, labels=labels, use_cache=False).loss

@@ -58,18 +58,24 @@ def test_packed_loss_equals_separate_losses(store: TokenStore, assets: Assets, a
     assert abs(mixed - separate) > 1e-4 * separate
 
 
-def test_loss_is_that_of_plain_transformers(store: TokenStore, assets: Assets) -> None:
-    """Padding, masks and the shift, against the library's own way: attention mask and unshifted labels."""
-    model = load(assets, "sdpa")
-    rows = Rows(store, single_rows(len(store)), packed=False)
-    lengths = store.lengths[:6].tolist()
-    ids = torch.full((6, max(lengths)), 2)
+def padded(store: TokenStore, count: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The first samples as transformers wants them: ids, unshifted labels and attention mask, each (samples, tokens)."""
+    lengths = store.lengths[:count].tolist()
+    ids = torch.full((count, max(lengths)), 2)
     labels, mask = torch.full_like(ids, IGNORE), torch.zeros_like(ids)
     for row, length in enumerate(lengths):
         part = slice(int(store.offsets[row]), int(store.offsets[row + 1]))
         ids[row, :length] = torch.tensor(store.ids[part])
         mask[row, :length] = 1
         labels[row, :length] = torch.where(torch.tensor(store.targets[part]), ids[row, :length], IGNORE)
+    return ids, labels, mask
+
+
+def test_loss_is_that_of_plain_transformers(store: TokenStore, assets: Assets) -> None:
+    """Padding, masks and the shift, against the library's own way: attention mask and unshifted labels."""
+    model = load(assets, "sdpa")
+    rows = Rows(store, single_rows(len(store)), packed=False)
+    ids, labels, mask = padded(store, 6)
     with torch.no_grad():
         theirs = model(input_ids=ids, attention_mask=mask, labels=labels).loss.item()
         ours = loss_sum(model, rows.batch(list(range(6))), CPU).item() / rows.targets_in(list(range(6)))

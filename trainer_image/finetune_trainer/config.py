@@ -4,8 +4,6 @@ Owns the way from the file to a `LaunchSpec` and the fingerprint that tells whet
 no environment.
 """
 
-import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -157,8 +155,3 @@ def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """The entries in which two fingerprints differ, as `field: saved X, now Y`."""
     keys = sorted(ours.keys() | theirs.keys())
     return [f"{k}: saved {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys if ours.get(k) != theirs.get(k)]
-
-
-def digest(value: Any) -> str:
-    """SHA-256 of a value's canonical JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, separators=(",", ":")).encode()).hexdigest()

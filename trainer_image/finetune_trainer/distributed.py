@@ -76,14 +76,6 @@ class World:
             time.sleep(POLL_SECONDS)
         self.store.add("left", 1)
 
-    def broadcast(self, value: Any) -> Any:
-        """Rank 0's value on every rank; any picklable object."""
-        if self.size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0, group=self.control)
-        return box[0]
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, in rank order, on every rank."""
         if self.size == 1:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,10 +43,11 @@ def write_json(path: Path, value: Any, *, durable: bool = True) -> None:
     write_atomic(path, (json.dumps(value, indent=1, sort_keys=True) + "\n").encode(), durable=durable)
 
 
-def sha256_file(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
+def sha256_file(path: Path, beat: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 of a file's content, in hexadecimal; `beat` is called for each chunk, as a sign of life."""
     sha = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
             sha.update(chunk)
+            beat()
     return sha.hexdigest()

@@ -76,27 +76,9 @@ def _stacked(matrices: Tensors) -> torch.Tensor:
     return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
 
 
-@torch.library.custom_op("finetune::lora_group", mutates_args=())
-def lora_group(
-    x: torch.Tensor, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, scales: list[float]
-) -> Tensors:
-    """`_forward` as an operator, so that compiled code keeps its in-place sums."""
-    return _forward(x, weights, biases, a, b, scales)
-
-
-@torch.library.custom_op("finetune::lora_group_backward", mutates_args=())
-def lora_group_backward(
-    grads: Tensors,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    weights: Tensors,
-    a: Tensors,
-    b: Tensors,
-    scales: list[float],
-    need_x: bool,
-) -> Tensors:
-    """`_backward` as an operator."""
-    return _backward(grads, x, inner, weights, a, b, scales, need_x)
+lora_group = torch.library.custom_op("finetune::lora_group", _forward, mutates_args=())
+lora_group_backward = torch.library.custom_op("finetune::lora_group_backward", _backward, mutates_args=())
+"""Both as operators, so that compiled code keeps their in-place sums."""
 
 
 @lora_group.register_fake

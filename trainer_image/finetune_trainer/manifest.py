@@ -69,12 +69,6 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
 
 
-def file_entry(path: Path) -> dict[str, Any]:
-    """Flushes a file to the disk and describes it for the manifest."""
-    fsync_path(path)
-    return {"sha256": sha256_file(path), "size_bytes": path.stat().st_size}
-
-
 def verify_file(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file of a checkpoint; None if nothing is."""
     path = folder / name

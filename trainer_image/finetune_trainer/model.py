@@ -49,14 +49,20 @@ def check_model_folder(path: Path, uri: str) -> dict[str, Any]:
     return config
 
 
+def position_limit(config: dict[str, Any]) -> int | None:
+    """Tokens that a model has positions for; None where its configuration names no number."""
+    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    return limit if isinstance(limit, int) else None
+
+
 def check_max_length(config: dict[str, Any], max_length: int, uri: str) -> None:
     """Refuses rows longer than the model's positions.
 
     Raises:
         ConfigError: naming both numbers.
     """
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    if isinstance(limit, int) and max_length > limit:
+    limit = position_limit(config)
+    if limit is not None and max_length > limit:
         raise ConfigError(
             f"training.maxLength: {max_length} is more than the {limit} positions of {uri} (max_position_embeddings)"
         )

@@ -143,8 +143,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
             len(rows[name].store.ids),
         )
     log.info("train: %.1f %% of the tokens that are computed are padding", 100 * padding)
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
-    benchmarks = load_benchmarks(spec, sources, tokenizer, world, scratch, limit)
+    benchmarks = load_benchmarks(spec, sources, tokenizer, world, scratch, models.position_limit(config))
     digest = metas["train"]["digest"]
     return Data(tokenizer, rows["train"], digest, rows.get("evaluation"), order, report, benchmarks)
 

@@ -21,7 +21,7 @@ from finetune_api.spec import Overlong
 from finetune_trainer.data.sources import data_files
 from finetune_trainer.data.store import TokenStore, build_store, read_meta
 from finetune_trainer.data.tokenize import Encoder
-from finetune_trainer.files import CHUNK_BYTES, fsync_path
+from finetune_trainer.files import fsync_path, sha256_file
 from finetune_trainer.hub import locked
 
 VERSION = 1
@@ -66,16 +66,7 @@ def cache_key(
 def _identity(dataset: LaunchDataset, path: Path, beat: Callable[[], None]) -> dict[str, object]:
     chosen = dataset.model_dump(mode="json", include={"uri", "format", "max_samples", "columns", "tags"})
     files = data_files(path, dataset.uri, dataset.split)
-    return {**chosen, "files": [[file.suffix, _sha256(file, beat)] for file in files]}
-
-
-def _sha256(file: Path, beat: Callable[[], None]) -> str:
-    sha = hashlib.sha256()
-    with file.open("rb") as content:
-        while chunk := content.read(CHUNK_BYTES):
-            sha.update(chunk)
-            beat()
-    return sha.hexdigest()
+    return {**chosen, "files": [[file.suffix, sha256_file(file, beat)] for file in files]}
 
 
 def cached_store(
