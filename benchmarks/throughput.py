@@ -15,6 +15,7 @@ time, against the nominal peak (989 TFLOP/s, H100 SXM, dense bf16) and against t
 
 import argparse
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -43,29 +44,37 @@ FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 
 
 def lora(rank: int) -> dict[str, Any]:
-    return {"adapter": {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "targetModules": ["All"]}}
+    shape = {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "targetModules": ["All"]}
+    return {"adapter": {**shape, "variant": "LoRA", "loraPlusRatio": None}}
 
 
-# name: (shape, plain loop?, rows of a micro-batch, changes of the launch file)
-CASES: dict[str, tuple[str, bool, int, dict[str, Any]]] = {
-    "plain-7b-lora-r16": ("7b", True, 2, lora(16)),
-    "7b-lora-r16": ("7b", False, 2, {**FAST, **lora(16)}),
-    "7b-lora-r16-no-compile": ("7b", False, 2, {**lora(16), "training__ligerKernel": True}),
-    "7b-lora-r64": ("7b", False, 2, {**FAST, **lora(64)}),
-    "7b-lora-r16-checkpointed": (
-        "7b",
-        False,
-        2,
-        {**FAST, **lora(16), "training__activationCheckpointing": "Full"},
-    ),
-    "plain-8b-lora-r16": ("8b", True, 2, lora(16)),
-    "8b-lora-r16": ("8b", False, 2, {**FAST, **lora(16)}),
-    "plain-7b-full": ("7b", True, 2, FULL),
-    "7b-full": ("7b", False, 2, {**FAST, **FULL, "training__precision": "PureBF16"}),
-    "8b-full": ("8b", False, 1, {**FAST, **FULL, "training__precision": "PureBF16"}),
-    "plain-tiny-lora": ("tiny", True, 2, lora(4)),
-    "tiny-lora": ("tiny", False, 2, lora(4)),
-    "tiny-lora-compiled": ("tiny", False, 2, {**FAST, **lora(4)}),
+QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
+CHECKPOINTED = {"training__activationCheckpointing": "Full"}
+PURE = {**FULL, "training__precision": "PureBF16"}
+
+# name: (shape, loop, rows of a micro-batch, changes of the launch file)
+# "bare" is ours without DeepSpeed's engine: the same model and kernels, torch's own AdamW.
+CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
+    "plain-7b-lora-r16": ("7b", "plain", 2, lora(16)),
+    "7b-lora-r16": ("7b", "ours", 2, {**FAST, **lora(16)}),
+    "7b-lora-r16-no-compile": ("7b", "ours", 2, {**lora(16), "training__ligerKernel": True}),
+    "7b-lora-r64": ("7b", "ours", 2, {**FAST, **lora(64)}),
+    "7b-qlora-r16": ("7b", "ours", 2, {**FAST, **lora(16), **QLORA}),
+    "plain-7b-lora-r16-checkpointed": ("7b", "plain", 2, {**lora(16), **CHECKPOINTED}),
+    "7b-lora-r16-checkpointed": ("7b", "ours", 2, {**FAST, **lora(16), **CHECKPOINTED}),
+    "plain-8b-lora-r16": ("8b", "plain", 2, lora(16)),
+    "8b-lora-r16": ("8b", "ours", 2, {**FAST, **lora(16)}),
+    "plain-7b-full": ("7b", "plain", 2, FULL),
+    "7b-full": ("7b", "ours", 2, {**FAST, **PURE}),
+    "bare-7b-full": ("7b", "bare", 2, {**FAST, **PURE}),
+    "plain-8b-full": ("8b", "plain", 1, FULL),
+    "8b-full": ("8b", "ours", 1, {**FAST, **PURE}),
+    "bare-7b-lora-r16": ("7b", "bare", 2, {**FAST, **lora(16), "training__precision": "PureBF16"}),
+    "plain-tiny-lora": ("tiny", "plain", 2, lora(4)),
+    "tiny-lora": ("tiny", "ours", 2, lora(4)),
+    "bare-tiny-lora": ("tiny", "bare", 2, {**lora(4), "training__precision": "PureBF16"}),
+    "tiny-qlora": ("tiny", "ours", 2, {**lora(4), **QLORA}),
+    "tiny-lora-compiled": ("tiny", "ours", 2, {**FAST, **lora(4)}),
 }
 DEFAULT_CASES = "plain-7b-lora-r16,7b-lora-r16,7b-lora-r64,8b-lora-r16"
 
@@ -81,6 +90,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="training__attention=SDPA", help="for our cases")
     parser.add_argument("--limit", type=float, default=170, help="seconds for each case")
     parser.add_argument("--cache", type=Path, help="keeps compiled code; default: one for this run")
+    parser.add_argument("--profile", action="store_true", help="also where a step's time goes")
     parser.add_argument("--json", type=Path, help="also write all results here")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -110,6 +120,7 @@ def _in_process(options: argparse.Namespace, name: str) -> dict[str, Any]:
     for key in ("steps", "warmup", "length", "layers"):
         if getattr(options, key) is not None:
             command += [f"--{key}", str(getattr(options, key))]
+    command += ["--profile"] if options.profile else []
     command += [part for change in options.set for part in ("--set", change)]
     started = time.monotonic()
     try:
@@ -128,7 +139,7 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
     """One case, in this process."""
     if options.one == "matmul":
         return matmul_rate()
-    shape_name, plain, rows, changes = CASES[options.one]
+    shape_name, loop, rows, changes = CASES[options.one]
     changes = dict(changes)
     for item in options.set:
         key, _, value = item.partition("=")
@@ -137,8 +148,9 @@ def run_case(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory(prefix="throughput-case-") as folder:
         spec = launch_spec(Path(folder), options, rows, changes)
         set_environment(spec, Path(folder))
-        runner = plain_loop if plain else our_loop
-        return runner(spec, shape, options)
+        if loop == "plain":
+            return plain_loop(spec, shape, options)
+        return our_loop(spec, shape, options, bare=loop == "bare")
 
 
 def launch_spec(folder: Path, options: argparse.Namespace, rows: int, changes: dict[str, Any]) -> Any:
@@ -175,12 +187,64 @@ def random_model(shape: dict[str, Any], dtype: Any, device: Any) -> Any:
         return AutoModelForCausalLM.from_config(LlamaConfig(**shape, pad_token_id=0, use_cache=False), dtype=dtype)
 
 
+def quantized(model: Any, config: Any, device: Any) -> Any:
+    """As `from_pretrained` does it with weights from files."""
+    import bitsandbytes as bnb
+    import torch
+    from transformers.quantizers.quantizers_utils import get_module_from_name
+
+    head = model.get_output_embeddings()
+    for name, layer in list(model.named_modules()):
+        if type(layer) is not torch.nn.Linear or layer is head:
+            continue
+        four = bnb.nn.Linear4bit(
+            layer.in_features, layer.out_features, bias=False, compute_dtype=config.bnb_4bit_compute_dtype,
+            compress_statistics=config.bnb_4bit_use_double_quant, quant_type=config.bnb_4bit_quant_type, device="meta",
+        )  # fmt: skip
+        four.weight = bnb.nn.Params4bit(
+            layer.weight.data.cpu(), requires_grad=False, quant_type=config.bnb_4bit_quant_type,
+            compress_statistics=config.bnb_4bit_use_double_quant, module=four,
+        ).to(device)  # fmt: skip
+        parent, child = get_module_from_name(model, name)
+        setattr(parent, child, four)
+    model.config.quantization_config = config
+    model.is_loaded_in_4bit = model.is_quantized = True
+    return model
+
+
+class Bare:
+    """What a step needs of DeepSpeed's engine, with torch's optimizer and nothing else."""
+
+    def __init__(self, model: Any, spec: Any, _config: dict[str, Any]) -> None:
+        from finetune_trainer.optimizers import build_optimizer
+
+        self.module, self.optimizer = model, build_optimizer(model, spec)
+        self.training = True
+
+    def __call__(self, **inputs: Any) -> Any:
+        return self.module(**inputs)
+
+    def eval(self) -> None:
+        self.train(False)
+
+    def train(self, mode: bool = True) -> None:
+        self.training = mode
+        self.module.train(mode)
+
+    def backward(self, loss: Any, **_options: Any) -> None:
+        loss.backward()
+
+    def step(self) -> None:
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
 def packed_rows(spec: Any, vocabulary: int, device: Any) -> Any:
     """Rows of documents of different lengths, nearly full; every token but a document's first is a target."""
     import numpy as np
 
     from finetune_trainer.data.batches import Rows
-    from finetune_trainer.data.packing import pack_rows
+    from finetune_trainer.data.packing import SampleRows, pack_rows
     from finetune_trainer.data.store import TokenStore
     from finetune_trainer.kernels import pad_to
 
@@ -192,13 +256,13 @@ def packed_rows(spec: Any, vocabulary: int, device: Any) -> Any:
     ids = random.integers(1, vocabulary, size=int(offsets[-1]), dtype=np.int32)
     targets = np.ones(len(ids), dtype=bool)
     targets[offsets[:-1]] = False
-    samples = pack_rows(lengths, length)
-    samples.sort(key=lambda row: -int(lengths[row].sum()))
-    return Rows(TokenStore(ids, targets, offsets), samples[:needed], packed=True, pad_to=pad_to(spec, device))
+    rows = sorted(pack_rows(lengths, length), key=lambda row: -int(lengths[row].sum()))[:needed]
+    fullest = SampleRows(np.concatenate(rows), np.cumsum([0, *map(len, rows)]))
+    return Rows(TokenStore(ids, targets, offsets), fullest, packed=True, pad_to=pad_to(spec, device))
 
 
-def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
-    """Through the trainer's own functions, from the launch file on."""
+def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, bare: bool) -> dict[str, Any]:
+    """Through the trainer's own functions, from the launch file on; `bare` leaves out DeepSpeed's engine alone."""
     import transformers
 
     from finetune_trainer import distributed, setup
@@ -209,11 +273,14 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace) -> d
     setup_logging(0)
     world = distributed.connect(spec)
 
-    def without_files(*_args: Any, dtype: Any = None, **_kwargs: Any) -> Any:
-        return random_model(shape, dtype, world.device)
+    def without_files(*_args: Any, dtype: Any = None, quantization_config: Any = None, **_kwargs: Any) -> Any:
+        model = random_model(shape, dtype, world.device)
+        return model if quantization_config is None else quantized(model, quantization_config, world.device)
 
     transformers.AutoModelForCausalLM.from_pretrained = without_files
-    sources = setup.Sources(Path(spec.model.source.path), None, [], [])
+    if bare:
+        ds.build_engine = Bare
+    sources = setup.Sources(Path(spec.model.source.path), None, [], [], [])
     started = time.perf_counter()
     engine = setup.build_engine(spec, sources, world)
     built = time.perf_counter() - started
@@ -240,7 +307,7 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace) -> d
         )
         return result.loss, groups[index]
 
-    return {"engine_seconds": round(built, 1), **measure(step, rows, engine, spec, shape, world.device, options)}
+    return {"engine_seconds": round(built, 1), **measure(step, rows, engine.module, spec, shape, world.device, options)}
 
 
 def plain_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +328,9 @@ def plain_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace) ->
             r=spec.adapter.rank, lora_alpha=spec.adapter.alpha, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    if spec.training.activation_checkpointing == "Full":
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        model.enable_input_require_grads()
     model.train()
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
     rows = packed_rows(spec, shape["vocab_size"], device)
@@ -314,18 +384,35 @@ def measure(
         tokens += sum(lengths)
         flops += step_flops(lengths, weights, shape)
     total = sum(times)
+    peak = torch.cuda.max_memory_allocated() if cuda else None
+    profile = {"profile": profiled(lambda: step(options.warmup))} if options.profile else {}
     return {
         "tokens_per_second": round(tokens / total, 1),
         "step_seconds_median": round(statistics.median(times), 4),
         "flops_per_second": flops / total,
         "mfu_nominal": round(flops / total / NOMINAL, 4),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if cuda else None,
+        "peak_gib": round(peak / 2**30, 2) if peak is not None else None,
         "warmup_seconds": warmup,
         "losses": losses,
         "fill": round(tokens / (len(times) * spec.training.global_batch_size * spec.training.max_length), 4),
         "device": torch.cuda.get_device_name() if cuda else "cpu",
         "torch": torch.__version__,
+        **profile,
     }
+
+
+def profiled(work: Any, count: int = 30) -> list[str]:
+    """The kernels (on a CPU: operators) that a piece of work spends most time in."""
+    from torch.autograd import DeviceType
+    from torch.profiler import profile
+
+    with profile() as profiler:
+        work()
+    events = profiler.key_averages()
+    kernels = [e for e in events if e.device_type == DeviceType.CUDA] or list(events)
+    spent = sorted(((e.self_device_time_total or e.self_cpu_time_total, e) for e in kernels), key=lambda x: -x[0])
+    total = sum(time for time, _ in spent) or 1
+    return [f"{100 * t / total:5.1f} % {t / 1e3:8.2f} ms {e.count:5d} x {e.key[:110]}" for t, e in spent[:count]]
 
 
 def matrix_weights(model: Any, shape: dict[str, Any]) -> tuple[int, int]:
@@ -334,7 +421,8 @@ def matrix_weights(model: Any, shape: dict[str, Any]) -> tuple[int, int]:
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2 or "embed_tokens" in name:
             continue
-        total += parameter.numel()
+        state = getattr(parameter, "quant_state", None)  # two weights in a byte
+        total += parameter.numel() if state is None else math.prod(state.shape)
         trained += parameter.numel() if parameter.requires_grad else 0
     return total, trained
 

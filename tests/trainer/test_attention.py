@@ -11,8 +11,9 @@ from finetune_api.launch import LaunchDataset
 from finetune_api.spec import Attention
 from finetune_trainer import kernels
 from finetune_trainer.attention import Choice, choose, flash, layout_arguments, plain_attention, use, varlen
+from finetune_trainer.compile import compile_layers
 from finetune_trainer.data.batches import Rows
-from finetune_trainer.data.packing import pack_rows, single_rows
+from finetune_trainer.data.packing import SampleRows, pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore, build_store
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.errors import ConfigError
@@ -101,6 +102,33 @@ def test_loss_and_gradient_are_those_of_transformers(store: TokenStore, assets: 
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6, msg=name)
 
 
+def test_compiled_layers_are_compiled_once_for_all_layouts(assets: Assets) -> None:
+    contents = [[40, 30, 20], [8] * 20, [100, 60], [160]]
+    lengths = np.concatenate(contents)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.random.default_rng(0).integers(5, 300, size=int(offsets[-1]), dtype=np.int32)
+    samples = SampleRows(np.arange(len(lengths)), np.cumsum([0, *map(len, contents)]))
+    rows = Rows(TokenStore(ids, np.ones(len(ids), dtype=bool), offsets), samples, packed=True, pad_to=160)
+    batches = [rows.batch([row]) for row in range(4)]
+    layouts = [layout_arguments(batch.sequence_lengths) for batch in batches]
+    assert {(len(a["cu_seq_lens_q"]), a["max_length_q"]) for a in layouts} == {(16, 40), (32, 8), (16, 100), (16, 160)}
+    model = model_with(assets, Attention.VARLEN).train()
+    expected = [loss_sum(model, batch, CPU).item() for batch in batches]
+    torch._dynamo.reset()
+    graphs: list[Any] = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    compile_layers(model, whole=True, backend=compiler)
+    for batch, value in zip(batches, expected, strict=True):
+        loss = loss_sum(model, batch, CPU)
+        loss.backward()
+        assert loss.item() == pytest.approx(value, rel=1e-6)
+    assert len(graphs) == 1
+
+
 def test_layout_covers_the_batch_and_its_longest_is_true() -> None:
     arguments = layout_arguments(np.array([3, 5, 1]))
     assert arguments["cu_seq_lens_q"].tolist() == [0, 3, 8, *[9] * 13]
@@ -176,7 +204,6 @@ def call_of_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Any, window: int | N
         seen.update(options, positional=tensors)
         return torch.zeros(6, 4, 8)
 
-    monkeypatch.setattr(varlen, "_varlen_attn", record)
     monkeypatch.setattr(flash, "_FUNCTIONS", {2: record, 3: record})
     from finetune_trainer.attention.sequences import Sequences
 
@@ -186,19 +213,28 @@ def call_of_kernel(monkeypatch: pytest.MonkeyPatch, kernel: Any, window: int | N
     return seen
 
 
-@pytest.mark.parametrize(("window", "bounds"), [(None, (-1, 0)), (3, (2, 0)), (4, (-1, 0))])
-def test_varlen_is_called_as_documented(monkeypatch: pytest.MonkeyPatch, window: int | None, bounds: Any) -> None:
-    import inspect
+def test_varlen_calls_operators_as_the_installed_torch_has_them() -> None:
+    """Their shapes, without a GPU; and the setting that makes the backward pass deterministic is only on within it."""
+    query, key = (torch.empty(6, heads, 8, dtype=torch.bfloat16, device="meta") for heads in (4, 2))
+    boundaries = torch.empty(3, dtype=torch.int32, device="meta")
+    out, lse = varlen._attention._init_fn(query, key, key, boundaries, 4, 0.25, 2)
+    assert out.shape == (6, 4, 8) and lse.shape == (4, 6) and lse.dtype == torch.float32
+    grads = varlen._attention_backward._init_fn(out, query, key, key, out, lse, boundaries, 4, 0.25, 2)
+    assert [grad.shape for grad in grads] == [query.shape, key.shape, key.shape]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        with varlen._in_fixed_order():
+            assert not torch.is_deterministic_algorithms_warn_only_enabled()
+        assert torch.is_deterministic_algorithms_warn_only_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
 
-    from torch.nn.attention.varlen import varlen_attn
 
-    signature = inspect.signature(varlen_attn)
-    seen = call_of_kernel(monkeypatch, varlen.kernel, window)
-    positional = seen.pop("positional")
-    bound = signature.bind(*positional, **seen)  # the installed version takes it
-    assert bound.arguments["window_size"] == bounds and bound.arguments["scale"] == 0.25
-    assert bound.arguments["enable_gqa"] is True and bound.arguments["max_q"] == 4
-    assert bound.arguments["cu_seq_q"] is bound.arguments["cu_seq_k"]
+@pytest.mark.parametrize("window", [-1, 2])
+def test_varlen_is_a_proper_operator(window: int) -> None:
+    query, key = (torch.randn(6, heads, 8, requires_grad=True) for heads in (4, 2))
+    boundaries = torch.tensor([0, 2, 6, 6], dtype=torch.int32)
+    torch.library.opcheck(varlen._attention, (query, key, key.detach(), boundaries, 4, 0.25, window))
 
 
 @pytest.mark.parametrize("kernel", [flash.kernel_2, flash.kernel_3])

@@ -3,6 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -98,14 +99,35 @@ def test_models_that_change_their_logits_take_the_plain_path(
     assert model(input_ids=torch.zeros((1, 3), dtype=torch.int64)).logits.shape == (1, 3, 64)
 
 
-def lora(assets: Assets, dtype: torch.dtype = torch.float32, dropout: float = 0.0, layers: int = 2) -> Any:
-    from peft import LoraConfig, get_peft_model
+def lora(assets: Assets, dtype: torch.dtype = torch.float32, dropout: float = 0.0) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets.model))
+    return with_adapters(base.to(dtype), dropout)
+
+
+def qlora(assets: Assets, dtype: torch.dtype, *, double: bool = True) -> Any:
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    four = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=double,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    torch.manual_seed(1)
+    base = AutoModelForCausalLM.from_pretrained(
+        assets.model, dtype=dtype, quantization_config=four, device_map={"": "cpu"}
+    )
+    return with_adapters(base, 0.0)
+
+
+def with_adapters(base: Any, dropout: float) -> Any:
+    from peft import LoraConfig, get_peft_model
+
     config = LoraConfig(r=4, lora_alpha=8, lora_dropout=dropout, target_modules="all-linear", task_type="CAUSAL_LM")
-    base = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(assets.model, num_hidden_layers=layers))
-    model = get_peft_model(base.to(dtype), config, autocast_adapter_dtype=False)
+    model = get_peft_model(base, config, autocast_adapter_dtype=False).train()
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -118,10 +140,12 @@ def gradients(model: Any, ids: torch.Tensor = IDS) -> list[torch.Tensor]:
     return [loss.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
 
 
+@pytest.mark.parametrize("make", [lora, qlora, partial(qlora, double=False)], ids=["lora", "qlora", "single"])
 @pytest.mark.parametrize(("dtype", "rtol"), [(torch.float32, 1e-4), (torch.bfloat16, 6e-2)])
-def test_adapters_in_place_compute_what_peft_computes(assets: Assets, dtype: torch.dtype, rtol: float) -> None:
-    plain = lora(assets, dtype)
-    fused = copy.deepcopy(plain)
+def test_adapters_in_place_compute_what_peft_computes(
+    assets: Assets, make: Any, dtype: torch.dtype, rtol: float
+) -> None:
+    plain, fused = make(assets, dtype), make(assets, dtype)
     names = [name for name, _ in fused.named_parameters()]
     assert lora_linear.install(fused) is True
     assert [name for name, _ in fused.named_parameters()] == names
@@ -167,12 +191,12 @@ def test_other_adapters_keep_pefts_way(assets: Assets, change: str) -> None:
     assert not any(hasattr(module, "lora_group") for module in model.modules())
 
 
-def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Assets) -> None:
+@pytest.mark.parametrize("make", [lora, qlora])
+def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Assets, make: Any) -> None:
     """With the compiler's front and autograd's tracing; only the code generator is left out."""
-    model = lora(assets, layers=4)
+    expected = gradients(make(assets, torch.float32))
+    model = make(assets, torch.float32)
     model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    model.train()
-    expected = gradients(copy.deepcopy(model))
     lora_linear.install(model)
     torch._dynamo.reset()
     graphs: list[Any] = []
@@ -181,7 +205,7 @@ def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Ass
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    assert regional.compile_layers(kernels.unwrap(model), whole=True, backend=compiler) == 4
+    assert regional.compile_layers(kernels.unwrap(model), whole=True, backend=compiler) == 2
     for a, b in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     assert len(graphs) == 1, "all layers run the same code"

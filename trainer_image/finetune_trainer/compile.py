@@ -14,6 +14,8 @@ import torch
 from finetune_trainer.errors import ConfigError
 
 log = logging.getLogger("finetune_trainer")
+DYNAMIC = r"L\['kwargs'\]\['(cu_seq_lens|max_length)_[qk]'\].*"
+"""What differs from batch to batch, as the compiler names it: else code is made for the first batch's, and again."""
 RECOMPILE_LIMIT = 64
 """Widths, training and evaluation, first and later layers each compile once; torch gives up at 8 by default."""
 
@@ -37,6 +39,7 @@ def compile_layers(causal_lm: Any, *, whole: bool, backend: str | Callable[..., 
         raise ConfigError(
             f"training.compile: {type(causal_lm).__name__} has no decoder layers known here; leave it out"
         )
+    torch.compiler.config.dynamic_sources = DYNAMIC
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILE_LIMIT)
     torch._dynamo.config.accumulated_recompile_limit = max(torch._dynamo.config.accumulated_recompile_limit, 256)
     compiled: dict[type, Any] = {}  # one function for all layers of a kind, else each would be compiled by itself

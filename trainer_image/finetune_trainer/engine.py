@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from finetune_api.launch import LaunchSpec
-from finetune_api.spec import Offload, Precision
+from finetune_api.spec import AdapterVariant, Offload, Precision, QuantizationBits
 from finetune_trainer.deepspeed_block import merged
 from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
@@ -25,7 +25,23 @@ def zero_stage(spec: LaunchSpec) -> int:
     float32. Stage 1 is therefore run for stage 0 with bf16: on one rank the two are the same, on several it uses less memory.
     """
     stage = int(spec.deepspeed.zero_stage)
-    return max(stage, 1) if spec.training.precision is Precision.BF16 else stage
+    return max(stage, 1) if spec.training.precision is Precision.BF16 and not trains_masters(spec) else stage
+
+
+def trains_masters(spec: LaunchSpec) -> bool:
+    """Whether the weights that are trained are float32 and rounded where they are used, so that DeepSpeed needs no copy.
+
+    So it is with adapters that `lora_linear` computes. With other adapters peft would compute in float32.
+    """
+    adapter, training = spec.adapter, spec.training
+    return (
+        adapter is not None
+        and adapter.dropout == 0
+        and adapter.variant is not AdapterVariant.DORA
+        and (spec.quantization is None or spec.quantization.bits is QuantizationBits.FOUR)
+        and training.precision is Precision.BF16
+        and spec.deepspeed.zero_stage == 0
+    )
 
 
 def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
@@ -53,7 +69,7 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
-    if training.precision is Precision.BF16:
+    if training.precision is Precision.BF16 and not trains_masters(spec):
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif training.precision is Precision.PURE_BF16 and stage > 0:

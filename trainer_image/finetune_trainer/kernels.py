@@ -58,7 +58,7 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
         liger.apply(causal_lm, device, compiled=training.compile)
     partitioned = spec.deepspeed.zero_stage == 3
     plain = True
-    if spec.adapter is not None and device.type == "cuda" and not partitioned:
+    if spec.adapter is not None and not partitioned:
         plain = lora_linear.install(model)
     if training.compile:
         own = choice.name in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)

@@ -4,11 +4,17 @@ peft's own forward pass makes three tensors of the output's size for each layer 
 added in place, and of a group of layers with the same input (query, key and value; gate and up) the adapters' first matrices
 are applied as one. Saved for the backward pass are the input, once a group, and the small product with A.
 
+The matrices of a base in 4 bits (QLoRA) are made out of them inside, for one product at a time.
+
+Adapters in float32 on a model in bfloat16 are rounded for the products and get float32 gradients: they are their own master
+weights.
+
 Parameters and their names are peft's: checkpoints and exports do not change, nor does the result beyond rounding.
 """
 
 import logging
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,20 +27,29 @@ Tensors = list[torch.Tensor]
 
 
 def _forward(
-    x: torch.Tensor, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, scales: list[float]
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Tensors,
+    a: Tensors,
+    b: Tensors,
+    scales: list[float],
+    packing: Tensors,
+    block: int,
+    outer_block: int,
 ) -> Tensors:
-    """Outputs of a group for x of (tokens, inputs), and the product with all A as the last."""
-    inner = x.to(a[0].dtype) @ _stacked(a).t()
+    """Outputs of a group for x of (tokens, inputs), and the product with all A as the last.
+
+    `packing`: of quantised weights the `Packing`s, one after the other; empty for plain ones.
+    """
+    inner = x @ _stacked(a, x.dtype).t()
     outputs, at = [], 0
-    for index, (weight, update, scale) in enumerate(zip(weights, b, scales, strict=True)):
-        out = F.linear(x, weight, biases[index] if biases else None)
+    for index, (update, scale) in enumerate(zip(b, scales, strict=True)):
+        out = F.linear(
+            x, _dense(index, weights, a, b, packing, block, outer_block, x.dtype), biases[index] if biases else None
+        )
         part = inner[:, at : at + update.shape[1]]
         at += update.shape[1]
-        if update.dtype == out.dtype:
-            out.addmm_(part, update.t(), alpha=scale)
-        else:  # float32 adapters on a bfloat16 model: the sum is rounded once, as in peft
-            out = torch.add(out, part @ update.t(), alpha=scale).to(out.dtype)
-        outputs.append(out)
+        outputs.append(out.addmm_(part, update.to(x.dtype).t(), alpha=scale))
     return [*outputs, inner]
 
 
@@ -46,34 +61,57 @@ def _backward(
     a: Tensors,
     b: Tensors,
     scales: list[float],
+    packing: Tensors,
+    block: int,
+    outer_block: int,
     need_x: bool,
 ) -> Tensors:
     """Gradients of x (empty if not needed), all A and all B."""
-    dtype, at = a[0].dtype, 0
+    kind, dtype, at = a[0].dtype, x.dtype, 0
     inner_grads, b_grads = [], []
     for grad, update, scale in zip(grads, b, scales, strict=True):
-        own = grad.to(dtype)
-        inner_grads.append((own @ update).mul_(scale))
-        b_grads.append((own.t() @ inner[:, at : at + update.shape[1]]).mul_(scale))
+        inner_grads.append((grad @ update.to(dtype)).mul_(scale))
+        b_grads.append((grad.t() @ inner[:, at : at + update.shape[1]]).mul_(scale).to(kind))
         at += update.shape[1]
     inner_grad = torch.cat(inner_grads, dim=1) if len(inner_grads) > 1 else inner_grads[0]
-    stacked_grad = inner_grad.t() @ x.to(dtype)
+    stacked_grad = inner_grad.t() @ x
     # Copies: an operator's results must not share memory. They are a few kilobytes.
-    a_grads = [part.clone() for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
+    a_grads = [part.to(kind, copy=True) for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
     if not need_x:
         return [x.new_empty(0), *a_grads, *b_grads]
-    x_grad = grads[0] @ weights[0]
-    for grad, weight in zip(grads[1:], weights[1:], strict=True):
-        x_grad.addmm_(grad, weight)
-    if dtype == x_grad.dtype:
-        x_grad.addmm_(inner_grad, _stacked(a))
-    else:
-        x_grad = torch.add(x_grad, inner_grad @ _stacked(a)).to(x_grad.dtype)
+    x_grad = grads[0] @ _dense(0, weights, a, b, packing, block, outer_block, dtype)
+    for index, grad in enumerate(grads[1:], start=1):
+        x_grad.addmm_(grad, _dense(index, weights, a, b, packing, block, outer_block, dtype))
+    x_grad.addmm_(inner_grad, _stacked(a, dtype))
     return [x_grad, *a_grads, *b_grads]
 
 
-def _stacked(matrices: Tensors) -> torch.Tensor:
-    return torch.cat(matrices) if len(matrices) > 1 else matrices[0]
+def _stacked(matrices: Tensors, dtype: torch.dtype) -> torch.Tensor:
+    return (torch.cat(matrices) if len(matrices) > 1 else matrices[0]).to(dtype)
+
+
+def _dense(
+    index: int,
+    weights: Tensors,
+    a: Tensors,
+    b: Tensors,
+    packing: Tensors,
+    block: int,
+    outer_block: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """A weight of the group as a matrix of (outputs, inputs): itself, or out of its four bits for as long as it is needed."""
+    weight = weights[index]
+    if not packing:
+        return weight
+    count = len(packing) // len(weights)
+    absmax, *nested = packing[index * count : (index + 1) * count]
+    if nested:
+        code, outer, offset = nested
+        absmax = torch.ops.bitsandbytes.dequantize_blockwise(absmax, outer, code, outer_block, torch.float32) + offset
+    shape = [b[index].shape[0], a[index].shape[1]]
+    result: torch.Tensor = torch.ops.bitsandbytes.dequantize_4bit(weight, absmax, block, "nf4", shape, dtype)
+    return result
 
 
 lora_group = torch.library.custom_op("finetune::lora_group", _forward, mutates_args=())
@@ -82,9 +120,19 @@ lora_group_backward = torch.library.custom_op("finetune::lora_group_backward", _
 
 
 @lora_group.register_fake
-def _(x: torch.Tensor, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, scales: list[float]) -> Tensors:
-    outputs = [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
-    return [*outputs, a[0].new_empty(x.shape[0], sum(m.shape[0] for m in a))]
+def _(
+    x: torch.Tensor,
+    weights: Tensors,
+    biases: Tensors,
+    a: Tensors,
+    b: Tensors,
+    scales: list[float],
+    packing: Tensors,
+    block: int,
+    outer_block: int,
+) -> Tensors:
+    outputs = [x.new_empty(x.shape[0], update.shape[0]) for update in b]
+    return [*outputs, x.new_empty(x.shape[0], sum(m.shape[0] for m in a))]
 
 
 @lora_group_backward.register_fake
@@ -96,6 +144,9 @@ def _(
     a: Tensors,
     b: Tensors,
     scales: list[float],
+    packing: Tensors,
+    block: int,
+    outer_block: int,
     need_x: bool,
 ) -> Tensors:
     first = torch.empty_like(x) if need_x else x.new_empty(0)
@@ -103,56 +154,57 @@ def _(
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensors) -> None:
-    x, weights, biases, a, b, scales = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *a, *b)
-    ctx.count, ctx.num_biases, ctx.scales, ctx.need_x = len(weights), len(biases), scales, ctx.needs_input_grad[0]
+    x, weights, biases, a, b, scales, packing, *blocks = inputs
+    ctx.save_for_backward(x, output[-1], *weights, *a, *b, *packing)
+    ctx.count, ctx.scales, ctx.blocks, ctx.need_x = len(weights), scales, blocks, ctx.needs_input_grad[0]
+    ctx.num_biases, ctx.num_packing = len(biases), len(packing)
 
 
 def _differentiate(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
     n = ctx.count
     x, inner, *rest = ctx.saved_tensors
-    weights, a, b = rest[:n], rest[n : 2 * n], rest[2 * n :]
+    weights, a, b, packing = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
     given = [
-        x.new_zeros(x.shape[0], weight.shape[0]) if grad is None else grad.contiguous()
-        for grad, weight in zip(grads, weights, strict=False)
+        x.new_zeros(x.shape[0], update.shape[0]) if grad is None else grad.contiguous()
+        for grad, update in zip(grads, b, strict=False)
     ]
-    x_grad, *others = lora_group_backward(given, x, inner, weights, a, b, ctx.scales, ctx.need_x)
-    return x_grad if ctx.need_x else None, [None] * n, [None] * ctx.num_biases, others[:n], others[n:], None
+    x_grad, *others = lora_group_backward(given, x, inner, weights, a, b, ctx.scales, packing, *ctx.blocks, ctx.need_x)
+    return (
+        x_grad if ctx.need_x else None,
+        [None] * n,
+        [None] * ctx.num_biases,
+        others[:n],
+        others[n:],
+        None,
+        [None] * ctx.num_packing,
+        None,
+        None,
+    )
 
 
 lora_group.register_autograd(_differentiate, setup_context=_setup)
 
 
-class _Group(torch.autograd.Function):
-    """The same without the operator's cost of dispatch, for code that is not compiled."""
+@dataclass(frozen=True)
+class Packing:
+    """What makes a matrix out of the four bits of a quantised weight; empty for a plain one."""
 
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, scales: list[float], count: int, *tensors: torch.Tensor
-    ) -> tuple[torch.Tensor, ...]:
-        weights, a, b = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-        *outputs, inner = _forward(x, weights, list(tensors[3 * count :]), a, b, scales)
-        ctx.save_for_backward(x, inner, *weights, *a, *b)
-        ctx.count, ctx.scales, ctx.num_tensors = count, scales, len(tensors)
-        return tuple(outputs)
+    tensors: Tensors
+    """absmax of each block; with double quantisation as uint8, followed by its code, its own absmax and offset."""
+    block: int
+    """Weights that share an absmax."""
+    outer_block: int
+    """With double quantisation: numbers of absmax that share theirs."""
 
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        n = ctx.count
-        x, inner, *rest = ctx.saved_tensors
-        need_x = ctx.needs_input_grad[0]
-        x_grad, *others = _backward(
-            [grad.contiguous() for grad in grads],
-            x,
-            inner,
-            rest[:n],
-            rest[n : 2 * n],
-            rest[2 * n :],
-            ctx.scales,
-            need_x,
-        )
-        padding = [None] * (ctx.num_tensors - 3 * n)
-        return (x_grad if need_x else None, None, None, *[None] * n, *others, *padding)
+    @classmethod
+    def of(cls, weight: Any) -> "Packing":
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            return cls([], 0, 0)
+        if not state.nested:
+            return cls([state.absmax], state.blocksize, 0)
+        outer = state.state2
+        return cls([state.absmax, outer.code, outer.absmax, state.offset], state.blocksize, outer.blocksize)
 
 
 class LoraGroup:
@@ -163,6 +215,9 @@ class LoraGroup:
 
     def __init__(self, layers: list[Any]) -> None:
         self.layers = layers
+        packings = [Packing.of(layer.base_layer.weight) for layer in layers]
+        self._packing = [tensor for packing in packings for tensor in packing.tensors]
+        self._blocks = packings[0].block, packings[0].outer_block
         self._x: torch.Tensor | None = None
         self._waiting: dict[int, torch.Tensor] = {}
 
@@ -189,23 +244,19 @@ class LoraGroup:
         b = [layer.lora_B[name].weight for layer, name in pairs]
         scales = [float(layer.scaling[name]) for layer, name in pairs]
         flat = x.reshape(-1, x.shape[-1])
-        if torch.compiler.is_compiling():
-            outputs = lora_group(flat, weights, biases, a, b, scales)[:-1]
-        else:
-            outputs = list(_Group.apply(flat, scales, len(weights), *weights, *a, *b, *biases))
+        outputs = lora_group(flat, weights, biases, a, b, scales, self._packing, *self._blocks)[:-1]
         return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
 
-@lru_cache(maxsize=1)
-def _in_place() -> Any:
-    """The class of layers that compute in a group.
+@cache
+def _in_place(kind: type) -> Any:
+    """The class of layers that compute in a group, made of one of peft's.
 
     A class and not a function set on each layer: compiled code is then the same for all layers of a model, while a function
     would be told by its identity, and every layer compiled by itself.
     """
-    from peft.tuners.lora.layer import Linear
 
-    class InPlaceLinear(Linear):  # type: ignore[misc]
+    class InPlaceLinear(kind):  # type: ignore[misc,valid-type]
         lora_group: LoraGroup
         lora_index: int
 
@@ -253,15 +304,18 @@ def install(model: Any) -> bool:
 def _install(layers: list[Any]) -> None:
     group = LoraGroup(layers)
     for index, layer in enumerate(layers):
-        layer.__class__ = _in_place()
+        layer.__class__ = _in_place(type(layer))
         layer.lora_group, layer.lora_index = group, index
 
 
 def _is_plain(layer: Any) -> bool:
-    """Whether a layer is a linear one with one LoRA adapter and nothing else about it."""
+    """Whether a layer is a linear one, or one of 4 bits, with one LoRA adapter and nothing else about it."""
     from peft.tuners.lora.layer import Linear
 
-    if type(layer) is not Linear or type(layer.base_layer) is not torch.nn.Linear or layer.fan_in_fan_out:
+    if type(layer) is Linear:
+        if type(layer.base_layer) is not torch.nn.Linear or layer.fan_in_fan_out:
+            return False
+    elif not _is_4bit(layer):
         return False
     names = list(layer.lora_A)
     if len(names) != 1 or list(layer.active_adapters) != names or layer.merged:
@@ -274,11 +328,18 @@ def _is_plain(layer: Any) -> bool:
     return frozen and no_dropout and not variant and same
 
 
+def _is_4bit(layer: Any) -> bool:
+    """Told by its parts: peft's class for it is only there where bitsandbytes is."""
+    state = getattr(getattr(getattr(layer, "base_layer", None), "weight", None), "quant_state", None)
+    return type(layer).__name__ == "Linear4bit" and state is not None and state.quant_type == "nf4"
+
+
 def _alike(layers: list[Any]) -> bool:
     """Whether layers can be one group: inputs, bias or not, precision."""
     first = layers[0]
     return all(
         layer.in_features == first.in_features
+        and type(layer) is type(first)
         and (layer.base_layer.bias is None) == (first.base_layer.bias is None)
         and layer.lora_A[layer.active_adapters[0]].weight.dtype == first.lora_A[first.active_adapters[0]].weight.dtype
         for layer in layers

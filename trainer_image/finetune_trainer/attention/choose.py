@@ -80,7 +80,7 @@ def why_not(name: Attention, model: Any, device: torch.device, dtype: torch.dtyp
     obstacles: dict[Attention, Callable[[], str | None]] = {
         Attention.FLASH_ATTENTION_3: lambda: flash.why_not(3) or _dropout(model),
         Attention.FLASH_ATTENTION_2: lambda: flash.why_not(2),
-        Attention.VARLEN: lambda: varlen.why_not() or _dropout(model) or _softcap(model) or _window_of_varlen(model),
+        Attention.VARLEN: lambda: varlen.why_not() or _dropout(model) or _softcap(model),
         Attention.SDPA: lambda: _softcap(model) if model._supports_sdpa else "is not known to this model",
         Attention.FLEX: lambda: _flex(model, device),
         Attention.EAGER: lambda: None,
@@ -115,12 +115,6 @@ def _dropout(model: Any) -> str | None:
 def _softcap(model: Any) -> str | None:
     cap = getattr(model.config.get_text_config(), "attn_logit_softcapping", None)
     return f"cannot cap attention scores (attn_logit_softcapping {cap})" if cap is not None else None
-
-
-def _window_of_varlen(model: Any) -> str | None:
-    config = model.config.get_text_config()
-    limited = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
-    return "has no sliding windows in this version of torch" if limited and not varlen.HAS_WINDOW else None
 
 
 def _flex(model: Any, device: torch.device) -> str | None:

@@ -1,4 +1,4 @@
-"""The frame of every attention function for variable lengths: checks, flattening, and the plain way on the CPU.
+"""The frame of every attention function for variable lengths: checks and flattening.
 
 A backend is a function of flat tensors, (tokens, heads, head size), and says nothing about batches. Registered with
 transformers' `AttentionInterface`, so models call it with what they know: sliding window, soft cap, scale.
@@ -6,11 +6,9 @@ transformers' `AttentionInterface`, so models call it with what they know: slidi
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 
 from finetune_trainer.errors import ConfigError
 
@@ -37,7 +35,7 @@ def attention_function(name: str, kernel: Kernel) -> Callable[..., tuple[torch.T
 
     Args:
         name: of the backend, for messages.
-        kernel: gets flat tensors; on the CPU `reference` is used in its place.
+        kernel: gets flat tensors.
     """
 
     def attend(
@@ -68,36 +66,6 @@ def attention_function(name: str, kernel: Kernel) -> Callable[..., tuple[torch.T
         rows, heads, width, _ = query.shape
         q, k, v = (x.transpose(1, 2).reshape(rows * width, x.shape[1], x.shape[3]) for x in (query, key, value))
         sequences = Sequences(cu_seq_lens_q, max_length_q, scaling, sliding_window, softcap, dropout)
-        run = reference if query.device.type == "cpu" else kernel
-        return run(q, k, v, sequences).reshape(rows, width, heads, value.shape[-1]), None
+        return kernel(q, k, v, sequences).reshape(rows, width, heads, value.shape[-1]), None
 
     return attend
-
-
-def reference(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, sequences: Sequences) -> torch.Tensor:
-    """One sequence after the other with PyTorch's own attention: what the kernels compute, on any device."""
-    if sequences.softcap is not None:
-        raise ConfigError("training.attention: Varlen cannot do this model's soft cap; use Eager")
-    ends = sequences.boundaries.tolist()
-    parts = []
-    for start, end in pairwise(ends):
-        if end == start:
-            continue
-        q, k, v = (x[start:end].transpose(0, 1).unsqueeze(0) for x in (query, key, value))
-        length, window = end - start, sequences.window
-        mask = None
-        if window is not None and window < length:
-            distance = torch.arange(length, device=q.device)[:, None] - torch.arange(length, device=q.device)
-            mask = (distance >= 0) & (distance < window)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=mask,
-            dropout_p=sequences.dropout,
-            is_causal=mask is None,
-            scale=sequences.scale,
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        parts.append(out.squeeze(0).transpose(0, 1))
-    return torch.cat(parts)
