@@ -28,7 +28,7 @@ from finetune_trainer.attention.choose import IMPLEMENTATIONS, why_not
 from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.packing import pack_rows, single_rows
 from finetune_trainer.data.store import TokenStore
-from finetune_trainer.kernels import Kernels
+from finetune_trainer.kernels import FLEX_BLOCK, Kernels
 from finetune_trainer.step import loss_sum
 
 VOCABULARY = 1024
@@ -99,7 +99,8 @@ def make_store(count: int) -> TokenStore:
 @torch.no_grad()
 def differences(model: Any, name: Attention, way: str, store: TokenStore, device: torch.device) -> dict[str, float]:
     """Largest relative differences of one implementation, see the top."""
-    singles = Rows(store, single_rows(len(store)), packed=False)
+    width = FLEX_BLOCK if name is Attention.FLEX else 1
+    singles = Rows(store, single_rows(len(store)), packed=False, pad_to=width)
     padded = [list(range(at, min(at + 4, len(store)))) for at in range(0, len(store), 4)]
     theirs = [transformers_loss(model, singles, group, device) for group in padded]  # with its own attention, SDPA
     choice = Choice(name, "")
@@ -108,7 +109,7 @@ def differences(model: Any, name: Attention, way: str, store: TokenStore, device
     if way != "plain":
         head = losses.FusedHead(model.get_output_embeddings(), liger=way == "liger", chunk_bytes=64 * VOCABULARY * 4)
     model.finetune_kernels = Kernels(choice, head)
-    packed = Rows(store, pack_rows(store.lengths, 512), packed=True)
+    packed = Rows(store, pack_rows(store.lengths, 512), packed=True, pad_to=width)
     alone = [loss_sum(model, singles.batch([sample]), device).item() for sample in range(len(store))]
     together = [loss_sum(model, packed.batch([row]), device).item() for row in range(len(packed))]
     separate = [sum(alone[int(s)] for s in samples) for samples in packed.samples]

@@ -1,10 +1,10 @@
 """Is a resumed run the same run? Trains each mode twice on this machine's device, once with a rank killed on the way.
 
-    python benchmarks/resume_exactness.py [--num-proc 1] [--model FOLDER] [--steps 12] [--only WORD]
+    python benchmarks/resume_exactness.py [--num-proc 1] [--model FOLDER] [--steps 12] [--only WORD] [--parallel 1]
 
 Needs no cluster. Prints one JSON object: for each mode whether the exported weights are byte-identical, both final losses with
-every digit, the device, and how long the attempts took. Exit status 1 if a mode differs. Without --model it makes a small random
-Llama; its speed says nothing, its exactness does.
+every digit, the device, what computed attention, and how long it took. Exit status 1 if a mode differs. Without --model
+it makes a small random Llama; its speed says nothing, its exactness does. With one rank each step has two micro-batches.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,34 @@ from tests.trainer import tiny
 from tests.trainer.jobs import Pod, launch, next_attempt
 
 FULL: dict[str, Any] = {"method": "Full", "adapter": None}
+PACKED = {"training__packing": True, "training__maxLength": 128}
+QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, ZeRO-0": {},
-    "LoRA, BF16, ZeRO-0, packing, dropout 0.1": {"training__packing": True, "adapter__dropout": 0.1},
+    "LoRA, BF16, packing": PACKED,
+    "LoRA, BF16, packing, dropout 0.1": {**PACKED, "adapter__dropout": 0.1},
+    "LoRA, BF16, packing, compiled, Liger": {**PACKED, "training__compile": True, "training__ligerKernel": True},
+    "LoRA, BF16, packing, Liger": {**PACKED, "training__ligerKernel": True},
+    "LoRA, BF16, packing, SDPA": {**PACKED, "training__attention": "SDPA"},
+    "LoRA, BF16, packing, Flex": {**PACKED, "training__attention": "Flex"},
+    "LoRA, BF16, packing, Eager": {**PACKED, "training__attention": "Eager"},
+    "LoRA, BF16, length grouping": {"training__groupByLength": True},
     "LoRA, FP32, ZeRO-0": {"training__precision": "FP32"},
+    "LoRA, PureBF16, ZeRO-0": {"training__precision": "PureBF16"},
+    "LoRA, BF16, ZeRO-1": {"deepspeed__zeroStage": 1},
     "LoRA, BF16, ZeRO-2": {"deepspeed__zeroStage": 2},
     "LoRA, BF16, ZeRO-3": {"deepspeed__zeroStage": 3},
     "LoRA, BF16, activation checkpointing": {"training__activationCheckpointing": "Full"},
+    "LoRA, BF16, activation checkpointing, offloaded": {"training__activationCheckpointing": "FullOffload"},
+    "LoRA, BF16, activation checkpointing by operator": {"training__activationCheckpointing": "SelectiveOp"},
+    "DoRA, BF16": {"adapter__variant": "DoRA"},
+    "LoRA+ and rsLoRA, BF16": {"adapter__variant": "RSLoRA", "adapter__loraPlusRatio": 16.0},
+    "QLoRA, NF4, double quantisation": QLORA,
+    "QLoRA, NF4, packing, compiled": {**QLORA, **PACKED, "training__compile": True},
+    "QLoRA, 8 bits": {**QLORA, "quantization": {"bits": 8, "doubleQuantization": True}},
+    "LoRA, AdamW8bit": {"training__optimizer": "AdamW8bit"},
+    "LoRA, PagedAdamW": {"training__optimizer": "PagedAdamW"},
+    "Full, PureBF16": {**FULL, "training__precision": "PureBF16"},
     "Full, BF16, ZeRO-1": {**FULL, "deepspeed__zeroStage": 1},
     "Full, BF16, ZeRO-2": {**FULL, "deepspeed__zeroStage": 2},
     "Full, BF16, ZeRO-3": {**FULL, "deepspeed__zeroStage": 3},
@@ -52,6 +74,7 @@ def main() -> int:
     parser.add_argument("--num-proc", type=int, default=1, help="ranks; on CUDA one for each GPU")
     parser.add_argument("--model", type=Path, help="a model in Hugging Face layout; default: a small random Llama")
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
+    parser.add_argument("--parallel", type=int, default=1, help="modes at a time")
     parser.add_argument("--only", default="", help="only modes that contain this word")
     options = parser.parse_args()
     results: dict[str, Any] = {}
@@ -60,14 +83,16 @@ def main() -> int:
         model = options.model or tiny.make_model(root / "model", layers=4)
         train = tiny.write_jsonl(root / "train.jsonl", tiny.chats(64, seed=1))
         held_out = tiny.write_jsonl(root / "held-out.jsonl", tiny.chats(16, seed=2))
-        for number, (mode, changes) in enumerate(MODES.items()):
-            if options.only in mode:
-                results[mode] = _compare(root / str(number), model, train, held_out, options, changes)
-                print(
-                    f"{mode}: {'identical' if results[mode]['identical'] else results[mode]}",
-                    file=sys.stderr,
-                    flush=True,
-                )
+        chosen = {mode: changes for mode, changes in MODES.items() if options.only in mode}
+
+        def compare(number: int, mode: str) -> None:
+            result = _compare(root / str(number), model, train, held_out, options, chosen[mode])
+            results[mode] = result
+            verdict = "identical" if result["identical"] else json.dumps(result)
+            print(f"{mode}: {verdict}; {result.get('attention', '')}", file=sys.stderr, flush=True)
+
+        with ThreadPoolExecutor(options.parallel) as pool:
+            list(pool.map(compare, range(len(chosen)), chosen))
     print(json.dumps({"steps": options.steps, "num_proc": options.num_proc, "modes": results}, indent=1))
     return 0 if all(result["identical"] for result in results.values()) else 1
 
@@ -81,7 +106,13 @@ def _compare(
         broken = _run(folder / "broken", model, train, held_out, changes, kill_after=options.steps // 2 + 1)
     except AssertionError as error:
         return {"identical": False, "error": str(error)[-1500:]}
-    return {"identical": unbroken["sha256"] == broken["sha256"], "unbroken": unbroken, "broken": broken}
+    attention = unbroken.pop("attention"), broken.pop("attention")
+    return {
+        "identical": unbroken["sha256"] == broken["sha256"],
+        "attention": attention[0],
+        "unbroken": unbroken,
+        "broken": broken,
+    }
 
 
 def _run(
@@ -108,6 +139,7 @@ def _run(
         "eval_loss": state["eval_loss"],
         "resumed_from_step": pod.report.get("resumedFromStep"),
         "seconds": round(time.perf_counter() - started, 1),
+        "attention": next((line.split("attention: ")[1] for line in pod.log.splitlines() if "attention: " in line), ""),
         "log_tail": [line for line in pod.log.splitlines() if "device" in line or "tokens/s" in line][:3],
     }
 

@@ -68,6 +68,7 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
         "steps_per_print": None,
         "wall_clock_breakdown": False,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
     if training.precision is Precision.BF16 and not trains_masters(spec):
         config["bf16"] = {"enabled": True}
@@ -87,6 +88,8 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
         log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
     optimizer = build_optimizer(model, spec)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
+    if spec.world_size == 1 and not is_partitioned(engine):
+        engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
     return engine
 
 

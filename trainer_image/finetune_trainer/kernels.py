@@ -18,6 +18,8 @@ from finetune_trainer.compile import compile_layers
 log = logging.getLogger("finetune_trainer")
 _ATTRIBUTE = "finetune_kernels"
 MIN_PAD = 64
+FLEX_BLOCK = 128
+"""Flex masks whole blocks, and takes shorter rows for decoding, which it cannot do for every head size."""
 
 
 @dataclass
@@ -89,6 +91,8 @@ def pad_to(spec: LaunchSpec, device: torch.device) -> int:
     training = spec.training
     if training.packing and (training.compile or device.type == "cuda"):
         return training.max_length
+    if training.attention is Attention.FLEX:
+        return FLEX_BLOCK
     if training.compile:
         return min(training.max_length, max(MIN_PAD, -(-training.max_length // 8)))
     return 1
