@@ -105,10 +105,12 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
     """Tokenises on the first rank of each node, or finds it done in the cache; all ranks map the same arrays."""
     from finetune_trainer.kernels import pad_to
+    from finetune_trainer.memory import check_memory
 
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
+    check_memory(sources.model, spec, world.device)
     tokenizer = models.load_tokenizer(sources.model, spec)
     parts = {name: data for name, data in (("train", sources.train), ("evaluation", sources.evaluation)) if data}
     where = scratch / "data"
