@@ -1,4 +1,4 @@
-"""What must fit before anything is loaded: the formula, what is refused and with which words, and that it is the trainer's own."""
+"""What must fit before anything is loaded: the formula, what is refused, and with which words."""
 
 import json
 import struct

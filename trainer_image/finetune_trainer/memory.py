@@ -1,10 +1,10 @@
 """What a job must hold in memory, worked out from the shapes of the model's weights before any of them is loaded.
 
-Owns a lower bound: weights, gradients and optimizer states, as S. Rajbhandari et al., "ZeRO: Memory Optimizations Toward Training
-Trillion Parameter Models" (arXiv:1910.02054, section 3.1 and figure 1) count them. For a trained parameter in mixed precision 2
-bytes of weight, 2 of gradient and 12 of optimizer (float32 master, momentum, variance); stage 1 divides the optimizer by the number
-of ranks, stage 2 the gradients too, stage 3 the weights too. Activations, buffers and fragmentation come on top, so what is refused
-here could not have run; what is not refused may still be too large.
+Owns a lower bound: weights, gradients and optimizer states, as S. Rajbhandari et al. count them in "ZeRO: Memory Optimizations
+Toward Training Trillion Parameter Models" (arXiv:1910.02054, section 3.1 and figure 1). A parameter that is trained in mixed
+precision takes 2 bytes of weight, 2 of gradient and 12 of optimizer (float32 master, momentum, variance); stage 1 divides the
+optimizer by the number of ranks, stage 2 the gradients too, stage 3 the weights too. Activations, buffers and fragmentation come
+on top: what is refused here could not have run, and what is not refused may still be too large.
 """
 
 import json
@@ -246,12 +246,9 @@ def check_memory(folder: Path, spec: LaunchSpec, device: torch.device) -> None:
         raise ConfigError(reason)
     need = needed(shapes, spec)
     log.info(
-        "memory: this rank needs at least %s GiB (weights %s, gradients %s, optimizer %s)%s, activations not counted",
-        _gib(need.device),
-        _gib(need.weights),
-        _gib(need.gradients),
-        _gib(need.optimizer),
-        f" and {_gib(need.host)} GiB of the host" if need.host else "",
+        "memory: a rank needs at least %.2f GiB (weights %.2f, gradients %.2f, optimizer %.2f) and %.2f GiB of offloaded state, "
+        "activations not counted",
+        *(size / GIB for size in (need.device, need.weights, need.gradients, need.optimizer, need.host)),
     )
 
 
