@@ -1,13 +1,12 @@
-"""The published configurations: their LLaMA-Factory files converted, changed only where this machine is too small, and run.
+"""The published configurations: their LLaMA-Factory files converted, and models and data for them.
 
-The way is the user's: `finetune convert`, then `finetune run`. Also used by `benchmarks/published.py`.
+What the tests (`published_run`) and `benchmarks/published.py` share.
 """
 
 import io
 import json
-from collections.abc import Iterator
+import random
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +14,7 @@ import yaml
 
 from finetune_cli.__main__ import main
 from tests.convert.golden import CASES
-from tests.trainer import jobs, tiny
-from tests.trainer.conftest import Assets
-from tests.trainer.hub import TOKEN
-from tests.trainer.test_local import Machine
+from tests.trainer import tiny
 
 LLAMA = {
     "hidden_size": 32,
@@ -59,13 +55,19 @@ def change(body: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return copy
 
 
+def make_tokenizer() -> Any:
+    """With Llama 2's marks."""
+    tokenizer = tiny.make_tokenizer(template=None)
+    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"})
+    return tokenizer
+
+
 def make_llama(folder: Path, *, device: str = "cpu", **shape: int) -> Path:
-    """Saves a random Llama in bf16 with a tokenizer that has Llama 2's marks."""
+    """Saves a random Llama in bf16, made on a device, with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    tokenizer = tiny.make_tokenizer(template=None)
-    tokenizer.add_special_tokens({"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"})
+    tokenizer = make_tokenizer()
     config = LlamaConfig(
         **{"vocab_size": len(tokenizer), **LLAMA, **shape},
         bos_token_id=tokenizer.bos_token_id,
@@ -80,115 +82,16 @@ def make_llama(folder: Path, *, device: str = "cpu", **shape: int) -> Path:
     return folder
 
 
-def questions(count: int, columns: tuple[str, str, str], seed: int = 1, longest: int = 0) -> list[dict[str, str]]:
-    """Records with a question, an input and an answer; with `longest` the first one's question has so many words."""
-    import random
-
-    rng = random.Random(seed)
+def questions(
+    count: int, columns: tuple[str, str, str], words: tuple[int, int] = (3, 9), longest: int = 0
+) -> list[dict[str, str]]:
+    """Records with a question of so many words, an input and an answer; with `longest` the first one's question has those."""
+    rng = random.Random(1)
 
     def say(low: int, high: int) -> str:
         return " ".join(rng.choices(tiny.WORDS, k=rng.randint(low, high)))
 
-    records = [dict(zip(columns, (say(3, 9), say(1, 3), say(2, 9)), strict=True)) for _ in range(count)]
+    records = [dict(zip(columns, (say(*words), say(1, 3), say(2, 9)), strict=True)) for _ in range(count)]
     if longest:
         records[0][columns[0]] = say(longest, longest)
     return records
-
-
-class Published(Machine):
-    """A converted job in a folder of its own: volume `data` is the folder, Secrets are files in it."""
-
-    def __init__(self, folder: Path, server: jobs.ForkServer, assets: Assets, body: dict[str, Any], hook: str) -> None:
-        super().__init__(folder, server, assets)
-        (folder / "token").write_text(TOKEN)
-        (folder / "key").write_text("0123456789abcdef0123456789abcdef01234567")
-        self.facts_folder = folder / "facts"
-        self.facts_folder.mkdir()
-        variables = {"TEST_HOOK": hook, "TEST_FACTS": self.facts_folder, "WANDB_MODE": "offline", "WANDB_DIR": folder}
-        env = [{"name": name, "value": str(value)} for name, value in variables.items()]
-        self.body = change(body, {"trainer.env": env, "cache.uri": "pvc://data/cache"})
-        self.volumes = [f"data={folder}"]
-        self.secrets = [f"hub/token={folder / 'token'}", f"wandb/api-key={folder / 'key'}"]
-
-    @property
-    def output(self) -> Path:
-        return self.folder / self.body["spec"]["output"]["uri"].removeprefix("pvc://data/")
-
-    @property
-    def runs(self) -> Path:
-        """The folder in which the run is kept, beside its checkpoints."""
-        return next(self.output.parent.glob("checkpoints/*.run"))
-
-    @property
-    def log(self) -> str:
-        return (self.runs / "attempt-1.log").read_text(errors="replace")
-
-    @property
-    def launch(self) -> dict[str, Any]:
-        launch: dict[str, Any] = json.loads((self.runs / "attempt-1.launch.json").read_text())
-        return launch
-
-    def result(self) -> "Result":
-        """What a finished run has left."""
-        checkpoints = Path(self.launch["checkpoint"]["dir"])
-        lines = [json.loads(line) for line in (checkpoints / "journal.jsonl").read_text().splitlines()]
-        ranks = sorted(self.facts_folder.glob("rank-*.json"))
-        return Result(self, checkpoints, lines, [json.loads(path.read_text()) for path in ranks])
-
-
-@dataclass(frozen=True)
-class Result:
-    """A finished run."""
-
-    machine: Published
-    checkpoints: Path
-    lines: list[dict[str, Any]]
-    """Of the journal."""
-    ranks: list[dict[str, Any]]
-    """What each rank wrote down, see `facts_hook`."""
-
-    @property
-    def launch(self) -> dict[str, Any]:
-        return self.machine.launch
-
-    @property
-    def steps(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if "loss" in line]
-
-    @property
-    def evaluations(self) -> list[dict[str, Any]]:
-        return [line for line in self.lines if "metrics" in line]
-
-    @property
-    def adapter(self) -> dict[str, Any]:
-        config: dict[str, Any] = json.loads((self.machine.output / "adapter_config.json").read_text())
-        return config
-
-    def tensors(self) -> dict[str, Any]:
-        """The exported adapter."""
-        from safetensors.torch import load_file
-
-        return load_file(self.machine.output / "adapter_model.safetensors")
-
-    def optimizer_state(self, *names: str) -> list[Any]:
-        """What all ranks keep under these names (`master`, `exp_avg`, `exp_avg_sq`) in the newest checkpoint."""
-        from safetensors.torch import load_file
-
-        files = max(self.checkpoints.glob("step-*")).glob("rank-*")
-        tensors = [item for file in files for item in load_file(file).items()]
-        return [tensor for name, tensor in tensors if name.partition(".")[2] in names]
-
-    def samples(self) -> Iterator[tuple[str, str]]:
-        """The tokenised training samples as text, and the part of each that is learnt."""
-        from transformers import AutoTokenizer
-
-        tokenizer, store = AutoTokenizer.from_pretrained(self.machine.output), self.store()
-        for begin, end in zip(store.offsets[:-1], store.offsets[1:], strict=True):
-            ids, targets = store.ids[begin:end], store.targets[begin:end]
-            yield tokenizer.decode(ids), tokenizer.decode(ids[targets])
-
-    def store(self) -> Any:
-        from finetune_trainer.data.store import TokenStore
-
-        (folder,) = (self.machine.folder / "cache" / "tokens").iterdir()
-        return TokenStore.load(folder)

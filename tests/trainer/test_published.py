@@ -6,6 +6,7 @@ the checks below are the same set; a check gets the finished run and the value t
 
 import json
 import math
+import multiprocessing
 import struct
 from collections.abc import Callable
 from math import prod
@@ -20,7 +21,8 @@ from finetune_trainer.memory import GIB, host_memory, needed, read_shapes
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets
 from tests.trainer.hub import COMMIT, Hub
-from tests.trainer.published import Published, Result, change, convert, make_llama, questions, source
+from tests.trainer.published import change, convert, make_llama, questions, source
+from tests.trainer.published_run import Published, Result
 from tests.trainer.test_benchmarks import MBPP, odd_problem
 from tests.trainer.test_memory import LLAMA_2_70B
 from tests.trainer.test_tracking import wandb_records
@@ -236,22 +238,29 @@ def attention(run: Result, _: Any) -> None:
 
 def liger(run: Result, _: Any) -> None:
     """Its kernels are for GPUs: the trainer says so, and there puts them on this kind of model."""
+    assert run.launch["training"]["ligerKernel"] is True
+    assert "ligerKernel: Liger's kernels are for GPUs" in run.machine.log
+    child = multiprocessing.get_context("fork").Process(
+        target=_apply_liger
+    )  # it changes transformers for a whole process
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0
+
+
+def _apply_liger() -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from finetune_trainer.liger import apply
 
-    assert run.launch["training"]["ligerKernel"] is True
-    assert "ligerKernel: Liger's kernels are for GPUs" in run.machine.log
     model = LlamaForCausalLM(
         LlamaConfig(vocab_size=8, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=1)
     )
     apply(model, torch.device("cuda"), compiled=False)
     layer = model.model.layers[0]
-    assert (
-        "Liger" in layer.mlp.forward.__func__.__qualname__
-        and "Liger" in layer.input_layernorm.forward.__func__.__qualname__
-    )
+    for module in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm, model.model.norm):
+        assert "Liger" in module.forward.__func__.__qualname__
 
 
 def zero_3(run: Result, _: Any) -> None:
