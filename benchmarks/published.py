@@ -307,7 +307,8 @@ def outputs(spec: dict[str, Any]) -> dict[str, Any]:
         shapes = {name.split(".")[-3]: file.get_slice(name).get_shape() for name in names if "lora_A" in name}
     checkpoint = max(Path(spec["checkpoint"]["dir"]).glob("step-*"))
     with safe_open(checkpoint / "rank-00000.safetensors", "pt") as file:
-        types = {name.partition(".")[2]: file.get_slice(name).get_dtype() for name in file.keys()}
+        kept = list(file.keys())
+        types = {name.partition(".")[2]: file.get_slice(name).get_dtype() for name in kept}
     return {
         "adapter": {"rank": adapter["r"], "alpha": adapter["lora_alpha"], "dropout": adapter["lora_dropout"]},
         "adapter_tensors": len(names),
