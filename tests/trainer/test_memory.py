@@ -1,7 +1,6 @@
 """What must fit before anything is loaded: the formula, what is refused, and with which words."""
 
 import json
-import struct
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -9,10 +8,19 @@ from typing import Any
 import pytest
 
 from finetune_api.launch import LaunchSpec
-from finetune_trainer import memory
-from finetune_trainer.memory import GIB, Capacity, needed, num_trained, obstacle, read_shapes
+from finetune_trainer.memory import (
+    GIB,
+    Capacity,
+    host_memory,
+    needed,
+    num_trained,
+    obstacle,
+    read_shapes,
+    shapes_of_config,
+)
 from tests.trainer import jobs
-from tests.trainer.conftest import Assets
+from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.hub import Hub
 from tests.trainer.test_methods import FULL, load
 
 HIDDEN, FFN, LAYERS, KV, VOCABULARY = 8192, 28672, 80, 1024, 32000
@@ -176,29 +184,32 @@ def test_what_may_fit_is_not_refused() -> None:
     )
 
 
-def test_a_job_that_cannot_fit_ends_before_its_weights_are_read(assets: Assets, tmp_path: Path, start: Any) -> None:
-    """A file with the header of 70 billion parameters and holes instead of them: reading it would take minutes."""
-    folder = tmp_path / "llama-2-70b"
+def llama_2_70b(folder: Path, small: Path) -> Path:
+    """Llama-2-70B's configuration beside a small model's other files."""
     folder.mkdir()
-    for file in assets.model.iterdir():
-        if file.suffix != ".safetensors":
-            (folder / file.name).write_bytes(file.read_bytes())
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, shape in LLAMA_2_70B.items():
-        end = at + 2 * prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [at, end]}
-        at = end
-    text = json.dumps(header).encode()
-    with (folder / "model.safetensors").open("wb") as out:
-        out.write(struct.pack("<Q", len(text)) + text)
-        out.truncate(8 + len(text) + at)
-    source = {"uri": f"file://{folder}", "source": {"kind": "Path", "path": str(folder)}, "chatTemplate": None}
-    pod = start(tmp_path / "run", model=source, **FULL)
-    assert pod.wait() == 88
-    assert pod.report["reason"] == "ConfigError"
-    assert (
-        "68.98 billion parameters" in pod.report["message"]
-        and f"has {memory.host_memory() / GIB:.1f} GiB" in pod.report["message"]
-    )
-    assert "samples in" not in pod.log, "nothing was tokenised"
+    for file in small.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    config = json.loads((small / "config.json").read_text())
+    config |= {"hidden_size": HIDDEN, "intermediate_size": FFN, "num_hidden_layers": LAYERS, "num_attention_heads": 64}
+    config |= {"num_key_value_heads": 8, "head_dim": 128, "vocab_size": VOCABULARY, "tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_configuration_says_the_same_as_the_files(assets: Assets, tmp_path: Path) -> None:
+    assert shapes_of_config(llama_2_70b(tmp_path / "large", assets.model)) == LLAMA_2_70B
+    assert shapes_of_config(assets.model) == read_shapes(assets.model)
+    (tmp_path / "config.json").write_text('{"model_type": "never heard of"}')
+    assert shapes_of_config(tmp_path) == {}
+
+
+def test_a_model_that_cannot_fit_is_not_downloaded(assets: Assets, tmp_path: Path, hub: Hub, start: StartPod) -> None:
+    hub.repositories["models/team/large"] = llama_2_70b(tmp_path / "large", assets.model)
+    source = {"kind": "Hub", "repoId": "team/large", "repoType": "model", "revision": "main", "path": ""}
+    model = {"uri": "hf://team/large", "source": {**source, "tokenFile": None}, "chatTemplate": None}
+    pod = start(tmp_path / "run", model=model, **FULL)
+    assert pod.wait() == 88 and pod.report["reason"] == "ConfigError"
+    message = pod.report["message"]
+    assert message.startswith("model.uri: hf://team/large: 68.98 billion parameters, 68.98 billion of them trained")
+    assert f"has {host_memory() / GIB:.1f} GiB" in message
+    assert [asked for asked in hub.asked if "team/large" in asked and asked.endswith(".safetensors")] == []

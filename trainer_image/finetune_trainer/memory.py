@@ -75,6 +75,23 @@ def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def shapes_of_config(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The same from config.json alone, before the weights are there: the model is built without memory.
+
+    Empty where transformers cannot do that; what is wrong is told when the model is loaded.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except Exception as error:  # whatever a configuration makes of it
+        log.info("memory: not known before the download (%s: %s)", type(error).__name__, str(error).split("\n")[0])
+        return {}
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 def num_trained(shapes: Shapes, spec: LaunchSpec) -> int:
     """How many parameters the job's method trains."""
     if spec.freeze is not None:
@@ -233,15 +250,19 @@ def _gib(size: float) -> str:
     return f"{size / GIB:.1f}"
 
 
-def check_memory(folder: Path, spec: LaunchSpec, device: torch.device) -> None:
-    """Refuses a job that cannot fit on this node, before anything large is read.
+def check_memory(shapes: Shapes, spec: LaunchSpec, device: torch.device) -> None:
+    """Refuses a job that cannot fit on this node.
+
+    Args:
+        shapes: of the model's weights; none: nothing is known.
+        spec: the launch.
+        device: of this rank.
 
     Raises:
         ConfigError: with what is needed, what there is, and what would fit.
     """
     gpu = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-    there, shapes = Capacity(gpu, host_memory()), read_shapes(folder)
-    reason = obstacle(shapes, spec, there)
+    reason = obstacle(shapes, spec, Capacity(gpu, host_memory()))
     if reason is not None:
         raise ConfigError(reason)
     need = needed(shapes, spec)
