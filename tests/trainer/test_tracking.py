@@ -53,23 +53,24 @@ def wandb_data(file: Path) -> Iterator[bytes]:
 
 
 def wandb_records(file: Path) -> dict[str, Any]:
-    """What an offline run's file would upload: configuration, history by step, run id, exit code."""
+    """What an offline run's file would upload: configuration, history by step, run id, project and name, exit code."""
     from wandb.proto import wandb_internal_pb2 as pb
 
-    config, history, run_id, code = {}, {}, "", None
+    config, history, run, code = {}, {}, pb.RunRecord(), None
     for data in wandb_data(file):
         record = pb.Record()
         record.ParseFromString(data)
         if record.HasField("run"):
-            run_id = record.run.run_id
-            config |= {update.key: json.loads(update.value_json) for update in record.run.config.update}
+            run = record.run
+            config |= {update.key: json.loads(update.value_json) for update in run.config.update}
         if record.HasField("history"):
             history[record.history.step.num] = {
                 item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in record.history.item
             }
         if record.HasField("exit"):
             code = record.exit.exit_code
-    return {"config": config, "history": history, "id": run_id, "exit": code}
+    names = {"id": run.run_id, "project": run.project, "name": run.display_name}
+    return {"config": config, "history": history, "exit": code, **names}
 
 
 def test_a_killed_and_resumed_run_is_one_run_in_both_trackers(

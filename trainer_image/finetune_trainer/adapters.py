@@ -37,7 +37,7 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
             f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
             f"{', '.join(sorted(linear))} ({error})"
         ) from error
-    if spec.training.precision is Precision.PURE_BF16:  # peft makes them float32, and no wrapper rounds them here
+    if spec.training.precision is not Precision.FP32:  # peft makes them float32; DeepSpeed leaves that so under ZeRO-3
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)

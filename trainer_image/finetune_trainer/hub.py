@@ -17,6 +17,7 @@ from finetune_trainer.errors import ConfigError, HubUnavailableError
 log = logging.getLogger("finetune_trainer")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
 """What training needs of a model's repository: not its .bin, .gguf, .onnx twins."""
+CONFIG = "config.json"
 DATA_FILES = ["*.jsonl", "*.json", "*.csv", "*.parquet", "*.arrow"]
 
 
@@ -55,12 +56,11 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     if isinstance(source, PathSource):
         return Path(source.path)
     assert commit is not None
-    name = f"{source.repo_type}s--{source.repo_id.replace('/', '--')}"
-    marker = cache_dir / "complete" / f"{name}--{commit}--{source.path.strip('/').replace('/', '--')}"
-    with locked(cache_dir / "locks" / f"{name}.lock"):
+    marker = _marker(source, commit, cache_dir)
+    with locked(cache_dir / "locks" / f"{_name(source)}.lock"):
         if not marker.is_file():
             log.info("downloading %s at %s", uri, commit[:12])
-            folder = _download(source, commit, cache_dir, uri, field)
+            folder = _download(source, commit, cache_dir, uri, field, _patterns(source))
             marker.parent.mkdir(parents=True, exist_ok=True)
             marker.write_text(str(folder.relative_to(cache_dir)), encoding="utf-8")
         folder = cache_dir / marker.read_text(encoding="utf-8")
@@ -70,6 +70,19 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     return path
 
 
+def config_ahead(source: PathSource | HubSource, commit: str | None, cache_dir: Path, uri: str) -> Path | None:
+    """The folder with the config.json of a hub's model that is still to be downloaded; None where there is no need.
+
+    Raises:
+        HubUnavailableError: the download failed.
+        ConfigError: no access.
+    """
+    if isinstance(source, PathSource) or commit is None or _marker(source, commit, cache_dir).is_file():
+        return None
+    folder = source.path.strip("/")
+    return _download(source, commit, cache_dir, uri, "model", [f"{folder}/{CONFIG}".lstrip("/")]) / folder
+
+
 def go_offline() -> None:
     """From here on nothing asks a hub: transformers looks for optional files of a model even when it is given a path."""
     from huggingface_hub import constants
@@ -77,12 +90,25 @@ def go_offline() -> None:
     constants.HF_HUB_OFFLINE = True
 
 
-def _download(source: HubSource, commit: str, cache_dir: Path, uri: str, field: str) -> Path:
+def _name(source: HubSource) -> str:
+    return f"{source.repo_type}s--{source.repo_id.replace('/', '--')}"
+
+
+def _marker(source: HubSource, commit: str, cache_dir: Path) -> Path:
+    """Is there once all of it has been downloaded."""
+    return cache_dir / "complete" / f"{_name(source)}--{commit}--{source.path.strip('/').replace('/', '--')}"
+
+
+def _patterns(source: HubSource) -> list[str]:
+    path = source.path.strip("/")
+    if path:
+        return [path, f"{path}/*"]
+    return MODEL_FILES if source.repo_type == "model" else DATA_FILES
+
+
+def _download(source: HubSource, commit: str, cache_dir: Path, uri: str, field: str, patterns: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
-    path = source.path.strip("/")
-    whole = MODEL_FILES if source.repo_type == "model" else DATA_FILES
-    patterns = [path, f"{path}/*"] if path else whole
     with _hub_errors(source, uri, field):
         return Path(
             snapshot_download(

@@ -24,7 +24,7 @@ from finetune_trainer.data.store import TokenStore, read_meta
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError
-from finetune_trainer.hub import go_offline, local_path, resolve_revision
+from finetune_trainer.hub import config_ahead, go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
 from finetune_trainer.state import StateWriter
 from finetune_trainer.tracking.background import Tracking
@@ -92,6 +92,7 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
         ]
 
     if world.is_first_of_node:
+        check_before_download(spec, commits[0], world)
         found = paths()
     world.wait_for_node("located", world.is_first_of_node)
     found = found if world.is_first_of_node else paths()
@@ -102,13 +103,25 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
     return Sources(found[0], commits[0], data[: len(spec.train)], data[len(spec.train) :], benchmarks)
 
 
+def check_before_download(spec: LaunchSpec, commit: str | None, world: World) -> None:
+    """Refuses a hub's model that cannot fit before it is downloaded; its files' headers are looked at afterwards all the same."""
+    folder = config_ahead(spec.model.source, commit, Path(spec.cache_dir), spec.model.uri)
+    if folder is None:
+        return
+    from finetune_trainer.memory import check_memory, shapes_of_config
+
+    check_memory(shapes_of_config(folder), spec, world.device)
+
+
 def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
     """Tokenises on the first rank of each node, or finds it done in the cache; all ranks map the same arrays."""
     from finetune_trainer.kernels import pad_to
+    from finetune_trainer.memory import check_memory, read_shapes
 
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
+    check_memory(read_shapes(sources.model), spec, world.device)
     tokenizer = models.load_tokenizer(sources.model, spec)
     parts = {name: data for name, data in (("train", sources.train), ("evaluation", sources.evaluation)) if data}
     where = scratch / "data"

@@ -53,8 +53,8 @@ class Config:
         return name in self.given
 
     def shown(self, name: str) -> str:
-        """The key as it is written: `name: value`; of secrets the name only."""
-        if name not in self.source.data or name.endswith(SECRETS):
+        """The key as it is written: `name: value`; of secrets and of blocks the name only."""
+        if name not in self.source.data or name.endswith(SECRETS) or isinstance(self.source.data[name], dict):
             return f"`{name}`"
         return f"`{name}: {show(self.source.data[name])}`"
 

@@ -7,7 +7,7 @@ from typing import Any
 from finetune_cli.convert.config import Problem, show
 from finetune_cli.convert.conversion import Conversion
 from finetune_cli.convert.source import Source
-from finetune_cli.convert.uris import join
+from finetune_cli.convert.uris import ON_THIS_MACHINE, join
 
 _FORMATS = {"alpaca": "Alpaca", "sharegpt": "ShareGPT", "openai": "Messages"}
 _COLUMNS = {
@@ -109,7 +109,7 @@ class EntryReader:
         if not self.c.options.data_uri:
             self._refuse(
                 "file_name",
-                "a file is only known on this machine",
+                f"its file {ON_THIS_MACHINE}",
                 "`--data-uri pvc://CLAIM[/FOLDER]` for the volume's folder that holds what `dataset_dir` holds, or"
                 " `--data-uri file:///FOLDER` for `finetune run`",
             )

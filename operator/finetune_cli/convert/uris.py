@@ -5,6 +5,8 @@ import re
 
 from finetune_cli.convert_options import NAME_LENGTH
 
+ON_THIS_MACHINE = "lies on this machine, where a job's pods do not see it"
+"""Why a path alone is not enough."""
 _PLACES = {
     "saves",
     "save",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from finetune_cli.convert import templates
 from finetune_cli.convert.conversion import Conversion
+from finetune_cli.convert.uris import ON_THIS_MACHINE
 
 _HUB_NAME = re.compile(r"^[A-Za-z0-9][-A-Za-z0-9._]*/[A-Za-z0-9][-A-Za-z0-9._]*$")
 
@@ -25,7 +26,7 @@ def source(c: Conversion) -> None:
     else:
         c.refuse(
             "model_name_or_path",
-            "a path is only known on this machine",
+            ON_THIS_MACHINE,
             "`--model-uri pvc://CLAIM/PATH` for a volume of the cluster, or `--model-uri file:///PATH` for `finetune run`",
             "model_revision",
         )

@@ -5,7 +5,7 @@ from typing import Any
 from finetune_cli.convert.conversion import Conversion
 from finetune_cli.convert.rules.evaluation import whole_steps
 from finetune_cli.convert.rules.model import secret
-from finetune_cli.convert.uris import join
+from finetune_cli.convert.uris import ON_THIS_MACHINE, join
 
 KEEP_ALL = 100
 """The most checkpoints that are kept."""
@@ -21,7 +21,7 @@ def place(c: Conversion) -> None:
     if not c.options.output_uri:
         c.refuse(
             "output_dir",
-            "a path is only known on this machine",
+            ON_THIS_MACHINE,
             "`--output-uri pvc://CLAIM[/FOLDER]` for a volume of the cluster, or `--output-uri file:///FOLDER` for"
             " `finetune run`",
             "overwrite_output_dir",
@@ -55,7 +55,8 @@ def saving(c: Conversion) -> None:
     c.put("checkpoint.keep", KEEP_ALL, "save_total_limit")
     c.note(
         "save_total_limit",
-        f"LLaMA-Factory would keep more; `checkpoint.keep: {KEEP_ALL}` is the most. Recovery needs 2",
+        f"LLaMA-Factory would keep all checkpoints, here {KEEP_ALL} are the most. Each holds the optimizer's state: of a large"
+        " model set a small number, 2 are enough to recover",
     )
 
 
