@@ -143,7 +143,7 @@ REFUSED: dict[str, tuple[dict[str, Any], Capacity, list[str]]] = {
     "70b-lora-r8": (
         lora(8, ["q_proj", "v_proj"]),
         EIGHT_H100,
-        ["0.02 billion of them trained", "fit: `deepspeed.zeroStage: 3` (16.1 GiB of each GPU)", "`method: QLoRA`"],
+        ["0.02 billion of them trained", "fit: `deepspeed.zeroStage: 3` (16.1 GiB of each GPU); or `method: QLoRA`"],
     ),
     "offloaded-to-too-small-a-host": (
         {**FULL, "deepspeed__zeroStage": 3, "deepspeed__offloadOptimizer": "CPU"},

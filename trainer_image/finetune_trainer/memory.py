@@ -192,51 +192,71 @@ def obstacle(shapes: Shapes, spec: LaunchSpec, there: Capacity) -> str | None:
 
 
 def _remedy(shapes: Shapes, spec: LaunchSpec, there: Capacity) -> str:
-    """The first of each kind of change that makes it fit."""
-    found = []
-    for kind in _alternatives(spec):
-        for words, other in kind:
-            need = needed(shapes, other)
-            if check(combination(other)) is not None or not _fits(need, other, there):
-                continue
-            if other.training.compile and other.deepspeed.zero_stage == 3:
-                words += " and `compile: false`"
-            node = _node_host(need, other, cuda=there.gpu is not None)
-            places = [f"{_gib(need.device)} GiB of each GPU"] if there.gpu is not None else []
-            places += [f"{_gib(node)} GiB of a node's memory"] if node else []
-            found.append(f"{words} ({' and '.join(places)})")
-            break
-    if not found:
+    def first(kind: Kind) -> list[str]:
+        return [fit for words, other in kind if (fit := _if_it_fits(words, shapes, other, there))][:1]
+
+    same = first(_stages(spec)) or [*first(_offloaded(spec)), *first(_more_nodes(spec))]
+    fitting = [*same, *first(_adapters(spec)), *first(_quantised(spec))]
+    if not fitting:
         return "No setting makes it fit: use more or larger machines, or a smaller model"
-    return f"By the same count these fit: {'; or '.join(found)}"
+    return f"By the same count these fit: {'; or '.join(fitting)}"
 
 
-def _alternatives(spec: LaunchSpec) -> Iterator[list[tuple[str, LaunchSpec]]]:
-    """Other ways to run the job, in kinds; the first kinds train the same."""
-    stage, cpu = int(spec.deepspeed.zero_stage), Offload.CPU
-    if spec.world_size > 1:
-        yield [(f"`deepspeed.zeroStage: {wanted}`", _partitioned(spec, wanted)) for wanted in range(stage + 1, 4)]
-    words = "`deepspeed: {zeroStage: 3, offloadOptimizer: CPU"
-    yield [
+def _if_it_fits(words: str, shapes: Shapes, spec: LaunchSpec, there: Capacity) -> str | None:
+    """The words with what is then needed; None if it would not fit, or is refused."""
+    need = needed(shapes, spec)
+    if check(combination(spec)) is not None or not _fits(need, spec, there):
+        return None
+    if spec.training.compile and spec.deepspeed.zero_stage == 3:
+        words += " and `compile: false`"
+    node = _node_host(need, spec, cuda=there.gpu is not None)
+    places = [f"{_gib(need.device)} GiB of each GPU"] if there.gpu is not None else []
+    places += [f"{_gib(node)} GiB of a node's memory"] if node else []
+    return f"{words} ({' and '.join(places)})"
+
+
+Kind = list[tuple[str, LaunchSpec]]
+"""Other ways to run a job and the words for them, the one that changes least first."""
+
+
+def _stages(spec: LaunchSpec) -> Kind:
+    stages = range(spec.deepspeed.zero_stage + 1, 4) if spec.world_size > 1 else ()
+    return [(f"`deepspeed.zeroStage: {stage}`", _partitioned(spec, stage)) for stage in stages]
+
+
+def _offloaded(spec: LaunchSpec) -> Kind:
+    words, cpu = "`deepspeed: {zeroStage: 3, offloadOptimizer: CPU", Offload.CPU
+    return [
         (f"{words}}}`", _partitioned(spec, 3, offload_optimizer=cpu)),
         (f"{words}, offloadParameters: CPU}}`", _partitioned(spec, 3, offload_optimizer=cpu, offload_parameters=cpu)),
     ]
-    yield [
-        (
-            f"`trainer.numNodes: {nodes}` with `deepspeed.zeroStage: 3`",
-            _partitioned(spec, 3).model_copy(update={"num_nodes": nodes}),
-        )
-        for nodes in range(spec.num_nodes + 1, _MOST_NODES + 1)
+
+
+def _more_nodes(spec: LaunchSpec) -> Kind:
+    whole = _partitioned(spec, 3)
+    return [
+        (f"`trainer.numNodes: {n}` with `deepspeed.zeroStage: 3`", whole.model_copy(update={"num_nodes": n}))
+        for n in range(spec.num_nodes + 1, _MOST_NODES + 1)
     ]
-    lora = spec.model_copy(update={"method": Method.LORA, "adapter": spec.adapter or _ADAPTER, "freeze": None})
-    if spec.adapter is None:
-        yield [
-            ("`method: LoRA`", lora),
-            ("`method: LoRA` with `deepspeed.zeroStage: 3`", _partitioned(lora, 3)),
-        ]
-    if spec.quantization is None:
-        four = {"method": Method.QLORA, "quantization": LaunchQuantization(bits=4, double_quantization=True)}
-        yield [("`method: QLoRA` with `deepspeed.zeroStage: 0`", _partitioned(lora, 0).model_copy(update=four))]
+
+
+def _lora(spec: LaunchSpec) -> LaunchSpec:
+    return spec.model_copy(update={"method": Method.LORA, "adapter": spec.adapter or _ADAPTER, "freeze": None})
+
+
+def _adapters(spec: LaunchSpec) -> Kind:
+    if spec.adapter is not None:
+        return []
+    lora = _lora(spec)
+    return [("`method: LoRA`", lora), ("`method: LoRA` with `deepspeed.zeroStage: 3`", _partitioned(lora, 3))]
+
+
+def _quantised(spec: LaunchSpec) -> Kind:
+    if spec.quantization is not None:
+        return []
+    four = {"method": Method.QLORA, "quantization": LaunchQuantization(bits=4, double_quantization=True)}
+    lora = _partitioned(_lora(spec), 0)
+    return [("`method: QLoRA` with `deepspeed.zeroStage: 0`", lora.model_copy(update=four))]
 
 
 def _partitioned(spec: LaunchSpec, stage: int, **offloaded: Offload) -> LaunchSpec:
