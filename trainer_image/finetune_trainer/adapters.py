@@ -1,16 +1,21 @@
 """Which weights are trained: adapters put on a model, or some of its own layers unfrozen."""
 
+import re
 from typing import Any
 
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchSpec
 from finetune_api.spec import AdapterVariant, Precision
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.vision import PROJECTOR, TOWER, part_of
 
 ALL = ["All"]
 
 
 def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
     """Puts an adapter on the chosen linear layers; everything else is frozen.
+
+    In a model that sees, a name means the language model's layers; those of tower and projector are named with a part of
+    their path, such as `multi_modal_projector.linear_1`.
 
     Raises:
         ConfigError: a target module does not exist; the message names those that do.
@@ -20,11 +25,13 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
 
     torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
     targets = adapter.target_modules
+    vision = any(part_of(name) for name, _ in model.named_modules())
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if targets == ALL else sorted(targets),
+        exclude_modules=_of_vision_unless_named(targets) if vision else None,
         use_dora=adapter.variant is AdapterVariant.DORA,
         use_rslora=adapter.variant is AdapterVariant.RSLORA,
         task_type="CAUSAL_LM",
@@ -42,6 +49,13 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _of_vision_unless_named(targets: list[str]) -> str:
+    """The pattern of what an adapter leaves out in a model that sees."""
+    named = "|".join(re.escape(target) for target in targets if part_of(target))
+    unless = rf"(?!(?:.*\.)?(?:{named})$)" if named else ""
+    return rf"{unless}(?:.*\.)?(?:{TOWER}|{PROJECTOR})(?:\..*)?"
 
 
 def is_b_matrix(name: str) -> bool:
@@ -67,7 +81,11 @@ def freeze(model: Any, chosen: LaunchFreeze, uri: str) -> None:
     elif inside:
         roots = [named for layer in inside for named in layer.named_modules()]
         _unfreeze(roots, chosen.trainable_modules, "freeze.trainableModules", uri)
-    outside = [(n, m) for n, m in model.named_modules() if n and not _is_within(n, prefix) and not _holds(n, prefix)]
+    outside = [
+        (n, m)
+        for n, m in model.named_modules()
+        if n and not _is_within(n, prefix) and not _holds(n, prefix) and part_of(n) is None
+    ]
     _unfreeze(outside, chosen.extra_modules, "freeze.extraModules", uri)
 
 
@@ -85,7 +103,7 @@ def _decoder_layers(model: Any, uri: str) -> tuple[str, list[Any]]:
 
     number = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number and part_of(name) is None:
             return name, list(module)
     raise ConfigError(f"method: Freeze: {type(model).__name__} of {uri} has no list of {number} layers")
 

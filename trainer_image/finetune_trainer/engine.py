@@ -98,7 +98,7 @@ def base_optimizer(engine: Any) -> Any:
 def set_learning_rate(engine: Any, rate: float) -> None:
     """The schedule is ours, so the rate is set before each step; a group may learn at a multiple of it."""
     for group in base_optimizer(engine).param_groups:
-        group["lr"] = rate * group.get(RATE_MULTIPLIER, 1.0)
+        group["lr"] = rate * group[RATE_MULTIPLIER]
 
 
 def is_partitioned(engine: Any) -> bool:
