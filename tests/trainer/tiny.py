@@ -63,8 +63,14 @@ def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_
     An image of 64x64 pixels is 16 tokens.
     """
     import torch
-    from transformers import CLIPImageProcessorPil, CLIPVisionConfig, LlamaConfig
-    from transformers import LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
 
     tokenizer = make_tokenizer(CHATML, "<image>")
     text = LlamaConfig(

@@ -6,7 +6,7 @@ from typing import Any
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchSpec
 from finetune_api.spec import AdapterVariant, Precision
 from finetune_trainer.errors import ConfigError
-from finetune_trainer.vision import PROJECTOR, TOWER, part_of
+from finetune_trainer.vision import PROJECTOR, TOWER, part_of, trains
 
 ALL = ["All"]
 
@@ -44,7 +44,9 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
             f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
             f"{', '.join(sorted(linear))} ({error})"
         ) from error
-    if spec.training.precision is Precision.PURE_BF16:  # peft makes them float32, and no wrapper rounds them here
+    # peft makes them float32. No wrapper rounds them with PureBF16; and ZeRO-3 wants one type for all that is trained.
+    precision, one_type = spec.training.precision, spec.deepspeed.zero_stage == 3 and trains(spec)
+    if precision is Precision.PURE_BF16 or (precision is Precision.BF16 and one_type):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)

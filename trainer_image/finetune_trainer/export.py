@@ -87,8 +87,9 @@ def _gather_adapter(model: Any, *, first: bool) -> dict[str, torch.Tensor]:
     """The trained weights on the host of rank 0; the others get an empty dict. Adapters are small, and so are a vision tower and
     a projector: they go into one file."""
     weights = {}
+    parts = {part_of(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or part_of(name) in parts - {None}:
             with whole([parameter]):
                 if first:
                     weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
@@ -118,10 +119,14 @@ def _write_adapter(
     config.target_modules = sorted(config.target_modules)  # a set has no order
     # A tower or projector that was trained whole is what peft calls a module to save: it takes the place of the base model's.
     beside = {name: tensor for name, tensor in weights.items() if part_of(name) and ".lora_" not in name}
-    config.modules_to_save = [part for part in (TOWER, PROJECTOR) if any(part_of(name) == part for name in beside)] or None
+    config.modules_to_save = [
+        part for part in (TOWER, PROJECTOR) if any(part_of(name) == part for name in beside)
+    ] or None
     # `save_embedding_layers="auto"` would ask the hub about the base model.
     tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file(dict(sorted({**tensors, **beside}.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(sorted({**tensors, **beside}.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     config.save_pretrained(str(folder))
 
 

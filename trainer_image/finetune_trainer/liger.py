@@ -41,5 +41,8 @@ def apply(causal_lm: Any, device: torch.device, *, compiled: bool) -> None:
         return
     known = inspect.signature(function).parameters
     wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    function(model=causal_lm if kind == causal_lm.config.model_type else causal_lm.get_decoder(), **{name: value for name, value in wanted.items() if name in known})
+    function(
+        model=causal_lm if kind == causal_lm.config.model_type else causal_lm.get_decoder(),
+        **{name: value for name, value in wanted.items() if name in known},
+    )
     log.info("ligerKernel: norms, rotary embedding and MLPs of %s", kind)

@@ -110,7 +110,10 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     sees = vision.sees(check_model_folder(path, spec.model.uri))
     quantized: dict[str, Any] = {}
     if spec.quantization is not None:
-        quantized = {"quantization_config": quantization_config(spec.quantization, spec, sees=sees), "device_map": device_map()}
+        quantized = {
+            "quantization_config": quantization_config(spec.quantization, spec, sees=sees),
+            "device_map": device_map(),
+        }
     try:
         model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **quantized

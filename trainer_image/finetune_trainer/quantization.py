@@ -21,7 +21,7 @@ def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec, *, s
     import torch
     from transformers import BitsAndBytesConfig
 
-    whole = ["lm_head", TOWER, PROJECTOR] if sees else None  # None: the head, whatever its name
+    whole = ["lm_head", f"model.{TOWER}", f"model.{PROJECTOR}"] if sees else None  # None: the head, whatever its name
     if quantization.bits is QuantizationBits.EIGHT:
         # Its activations are rounded through float16 at every layer, with one message each time.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)

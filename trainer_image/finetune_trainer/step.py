@@ -106,9 +106,7 @@ def micro_batches(
     return Prefetcher(build, plan, workers)
 
 
-def own_rows(
-    batch_rows: Sequence[int | None], world: World, micro_batch_size: int
-) -> Iterator[Sequence[int | None]]:
+def own_rows(batch_rows: Sequence[int | None], world: World, micro_batch_size: int) -> Iterator[Sequence[int | None]]:
     """This rank's part of a step's rows, micro-batch after micro-batch."""
     share = len(batch_rows) // world.size
     first = world.rank * share

@@ -4,6 +4,7 @@ Adapters and layers that a job names are the language model's; tower and project
 """
 
 import logging
+import re
 from pathlib import Path
 from types import MethodType
 from typing import Any
@@ -22,6 +23,8 @@ NOTHING_TRAINED = LaunchVision(freeze_tower=True, projector_learning_rate=None)
 """Where a job says nothing."""
 _EXTRA_TOKENS = {"clip_vision_model": 1, "siglip_vision_model": 0}
 """What each kind of tower puts out beside one vector for each patch."""
+_UNUSED = {"post_layernorm", "head"}
+"""Of a tower: what makes one vector of the whole image."""
 _PROBE_SIZE = (20, 10)
 """Pixels of an image that is not square."""
 log = logging.getLogger("finetune_trainer")
@@ -30,6 +33,12 @@ log = logging.getLogger("finetune_trainer")
 def sees(config: dict[str, Any]) -> bool:
     """Whether a model's config.json is that of one that sees."""
     return config.get("model_type") == "llava"
+
+
+def trains(spec: LaunchSpec) -> bool:
+    """Whether a job trains tower or projector."""
+    vision = spec.vision or NOTHING_TRAINED
+    return not vision.freeze_tower or vision.projector_learning_rate is not None
 
 
 def part_of(name: str) -> str | None:
@@ -82,11 +91,9 @@ def image_input(path: Path, config: dict[str, Any], tokenizer: Any, spec: Launch
     cut = whole.vision_feature_select_strategy == "default"  # leaves out the first vector
     patches = (tower.image_size // tower.patch_size) ** 2
     num_tokens = patches + _EXTRA_TOKENS[tower.model_type] - cut
-    vision = spec.vision or NOTHING_TRAINED
-    trained = not vision.freeze_tower or vision.projector_learning_rate is not None
     log.info("images: %d tokens each, of %dx%d pixels", num_tokens, *shape[1:])
     return ImageInput(
-        whole.image_token_id, num_tokens, shape, process, blank=trained or spec.deepspeed.zero_stage == 3
+        whole.image_token_id, num_tokens, shape, process, blank=trains(spec) or spec.deepspeed.zero_stage == 3
     )
 
 
@@ -117,21 +124,37 @@ def _shape(process: Any) -> tuple[int, int, int]:
 def choose_trained(model: Any, vision: LaunchVision) -> None:
     """Freezes or unfreezes tower and projector; call it when adapters and layers of the language model have been chosen.
 
+    Layers of the tower from which nothing goes into the projector (in LLaVA-1.5 the last one) stay frozen: they would get no
+    gradient, and only weight decay would change them.
+
     Raises:
         ConfigError: an adapter is in a part that is trained whole.
     """
     trained = {TOWER: not vision.freeze_tower, PROJECTOR: vision.projector_learning_rate is not None}
+    layers = _layers_used(model.config)
     for name, parameter in model.named_parameters():
         part = part_of(name)
         if part is None:
             continue
         if ".lora_" not in name:
-            parameter.requires_grad_(trained[part])
+            parameter.requires_grad_(trained[part] and (part == PROJECTOR or _is_used(name, layers)))
         elif trained[part]:
             field = "freezeTower: false" if part == TOWER else "projectorLearningRate"
             raise ConfigError(
                 f"adapter.targetModules: names a layer in {part}, which `vision.{field}` trains whole; leave one of the two out"
             )
+
+
+def _layers_used(config: Any) -> int:
+    """Layers of the tower whose output, or a later one's, the projector gets."""
+    chosen = config.vision_feature_layer
+    count = config.vision_config.num_hidden_layers
+    return max(at if at >= 0 else count + 1 + at for at in ([chosen] if isinstance(chosen, int) else chosen))
+
+
+def _is_used(name: str, layers: int) -> bool:
+    found = re.search(r"\.layers\.(\d+)\.", name)
+    return int(found[1]) < layers if found else not _UNUSED & set(name.split("."))
 
 
 def prepare(causal_lm: Any) -> None:

@@ -128,11 +128,15 @@ class Rows:
             image_places=places,
         )
 
-    def _images(self, ids: Ints, samples: Sequence[Sequence[int] | Ints]) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def _images(
+        self, ids: Ints, samples: Sequence[Sequence[int] | Ints]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.image is None:
             return None, None
         assert self.store.images is not None
-        images: list[Image] = [image for row in samples for sample in row for image in self.store.images.of(int(sample))]
+        images: list[Image] = [
+            image for row in samples for sample in row for image in self.store.images.of(int(sample))
+        ]
         pixels = self.image.pixels(images)
         if pixels is None:
             return None, None

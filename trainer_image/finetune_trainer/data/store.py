@@ -107,10 +107,8 @@ class TokenStore:
 
 def _mapped(folder: Path, name: str, kind: type[np.generic], entries: int) -> Any:
     file = folder / f"{name}.bin"
-    if file.stat().st_size == 0:  # cannot be mapped
-        array = np.zeros(0, dtype=kind)
-    else:
-        array = np.memmap(file, dtype=kind, mode="r")
+    empty = file.stat().st_size == 0  # cannot be mapped
+    array = np.zeros(0, dtype=kind) if empty else np.memmap(file, dtype=kind, mode="r")
     if len(array) != entries:
         raise ValueError(f"{name}.bin has {len(array)} entries instead of {entries}")
     return array
@@ -283,7 +281,10 @@ def _check_usable(report: DatasetReport, path: Path, max_length: int) -> None:
         if report.dropped:
             why = f"{report.dropped} of {report.read} are longer than training.maxLength = {max_length} tokens and dropped"
         elif report.image_cut:
-            why += f", and {report.image_cut} would lose a part of an image, which no sample may"
+            why = (
+                f"{report.image_cut} of {report.read} are longer than training.maxLength = {max_length} tokens and would lose "
+                "an image, or a part of one"
+            )
         raise DataError(f"{path} ({report.uri}): no usable sample: {why}")
 
 
