@@ -60,7 +60,7 @@ class Image(NamedTuple):
 
         name = self.path or "its bytes"
         try:
-            with PIL.Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else name) as image:  # type: ignore[arg-type]
+            with PIL.Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else name) as image:
                 return process(image)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             if isinstance(error, OSError) and error.errno in _VOLUMES_FAULT:

@@ -19,8 +19,8 @@ class Record(NamedTuple):
     value: dict[str, Any]
     place: str
     """`file:line`, `file: record N` or `file: row N`, counted from 1."""
-    folder: Path
-    """Of the file."""
+    folder: Path = Path()
+    """Of the file: paths in the record begin there."""
 
 
 def read_records(path: Path, uri: str, split: str | None = None) -> Iterator[Record]:

@@ -102,7 +102,7 @@ class TokenStore:
         if not entries.keys() & images.ARRAYS.keys():
             return cls(*arrays)
         of_images = [_mapped(folder, name, kind, entries[name]) for name, kind in images.ARRAYS.items()]
-        return cls(*arrays, ImageTable.of_arrays(of_images))
+        return cls(*arrays, images=ImageTable.of_arrays(of_images))
 
 
 def _mapped(folder: Path, name: str, kind: type[np.generic], entries: int) -> Any:
