@@ -50,6 +50,8 @@ class Machine:
         self.folder, self.server, self.assets = folder, server, assets
         folder.mkdir(parents=True)
         self.watch: Watch | None = None
+        self.volumes = [f"assets={assets.model.parent}", f"work={folder}"]
+        self.secrets: list[str] = []
         self.body = {
             "apiVersion": "finetune.dev/v1alpha1",
             "kind": "FineTuneJob",
@@ -78,10 +80,10 @@ class Machine:
     def run(self, fresh: bool = False) -> int:
         file = self.folder / "job.yaml"
         file.write_text(json.dumps(self.body, indent=1))
-        volumes = [f"assets={self.assets.model.parent}", f"work={self.folder}"]
-        return run.main(
-            argparse.Namespace(file=str(file), volume=volumes, secret=[], device="cpu", fresh=fresh), self._start
+        options = argparse.Namespace(
+            file=str(file), volume=self.volumes, secret=self.secrets, device="cpu", fresh=fresh
         )
+        return run.main(options, self._start)
 
     def _start(self, command: list[str], environment: Mapping[str, str], log: Path, lock: int) -> Forked:
         assert command[:3] == [sys.executable, "-m", "finetune_trainer"] and "--http-host" in command

@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -102,7 +102,7 @@ class TokenStore:
         if not entries.keys() & images.ARRAYS.keys():
             return cls(*arrays)
         of_images = [_mapped(folder, name, kind, entries[name]) for name, kind in images.ARRAYS.items()]
-        return cls(*arrays, images=ImageTable.of_arrays(of_images))
+        return replace(cls(*arrays), images=ImageTable.of_arrays(of_images))
 
 
 def _mapped(folder: Path, name: str, kind: type[np.generic], entries: int) -> Any:
