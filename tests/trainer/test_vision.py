@@ -16,7 +16,7 @@ import torch
 
 from finetune_api.launch import LaunchDataset, LaunchFreeze, LaunchSpec, LaunchVision
 from finetune_api.spec import Attention, Overlong
-from finetune_trainer import vision
+from finetune_trainer import engine, vision
 from finetune_trainer.adapters import freeze
 from finetune_trainer.attention import Choice, use
 from finetune_trainer.data.batches import IGNORE, Rows
@@ -580,6 +580,13 @@ def test_tower_and_projector_are_not_quantised(seeing: Seeing) -> None:
             "head": {"Linear"},
         }
         assert trained_parts(model)[vision.PROJECTOR] == {"whole"}
+
+
+def test_weights_trained_in_bf16_have_float32_masters(seeing: Seeing) -> None:
+    """Adapters alone are their own masters; with a tower or projector beside them DeepSpeed keeps a copy of both."""
+    for block, wrapped in (({}, False), (TRAINED, True)):
+        spec = seeing.spec(**block, training__precision="BF16")
+        assert ("bf16" in engine.deepspeed_config(spec), engine.zero_stage(spec)) == (wrapped, int(wrapped))
 
 
 def test_the_projector_learns_at_its_own_rate(seeing: Seeing) -> None:

@@ -57,7 +57,7 @@ def make_model(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tied: 
     return folder
 
 
-def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_layers: int = 3) -> Path:
+def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: int = 256) -> Path:
     """Saves a model of LLaVA's architecture with its processor: a random CLIP tower, a random projector, a random Llama.
 
     An image of 64x64 pixels is 16 tokens.
@@ -72,15 +72,15 @@ def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_
         LlavaProcessor,
     )
 
-    tokenizer = make_tokenizer(CHATML, "<image>")
+    tokenizer = make_tokenizer(template, "<image>")
     text = LlamaConfig(
         vocab_size=len(tokenizer),
         hidden_size=64,
         intermediate_size=128,
-        num_hidden_layers=layers,
+        num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=256,
+        max_position_embeddings=max_positions,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -88,7 +88,7 @@ def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_
     tower = CLIPVisionConfig(
         hidden_size=48,
         intermediate_size=96,
-        num_hidden_layers=tower_layers,
+        num_hidden_layers=3,
         num_attention_heads=3,
         image_size=64,
         patch_size=16,
@@ -97,7 +97,7 @@ def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=image_token, image_seq_length=16)
     torch.manual_seed(0)
-    LlavaForConditionalGeneration(config).to(getattr(torch, dtype)).save_pretrained(folder)
+    LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
     LlavaProcessor(
         processor,
@@ -105,7 +105,7 @@ def make_llava(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tower_
         patch_size=16,
         vision_feature_select_strategy="default",
         num_additional_image_tokens=1,
-        chat_template=CHATML,
+        chat_template=template,
     ).save_pretrained(folder)
     return folder
 

@@ -10,6 +10,7 @@ import torch
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import AdapterVariant, Offload, Precision, QuantizationBits
+from finetune_trainer import vision
 from finetune_trainer.deepspeed_block import merged
 from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
@@ -31,7 +32,8 @@ def zero_stage(spec: LaunchSpec) -> int:
 def trains_masters(spec: LaunchSpec) -> bool:
     """Whether the weights that are trained are float32 and rounded where they are used, so that DeepSpeed needs no copy.
 
-    So it is with adapters that `lora_linear` computes. With other adapters peft would compute in float32.
+    So it is with adapters that `lora_linear` computes. With other adapters peft would compute in float32, and a vision tower or
+    a projector that is trained needs the copy.
     """
     adapter, training = spec.adapter, spec.training
     return (
@@ -41,6 +43,7 @@ def trains_masters(spec: LaunchSpec) -> bool:
         and (spec.quantization is None or spec.quantization.bits is QuantizationBits.FOUR)
         and training.precision is Precision.BF16
         and spec.deepspeed.zero_stage == 0
+        and not vision.trains(spec)
     )
 
 

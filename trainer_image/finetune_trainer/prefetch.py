@@ -23,7 +23,7 @@ class Prefetcher(Generic[T]):
     """
 
     def __init__(self, build: Callable[[Sequence[Row]], T], plan: Iterator[Sequence[Row]], workers: int = 1) -> None:
-        self._build, self._plan, self._workers = build, plan, workers
+        self._build, self._plan, self.workers = build, plan, workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="prefetch")
         self._ahead: deque[Future[T]] = deque()
         self._fill()
@@ -39,5 +39,5 @@ class Prefetcher(Generic[T]):
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     def _fill(self) -> None:
-        while len(self._ahead) < self._workers and (rows := next(self._plan, None)) is not None:
+        while len(self._ahead) < self.workers and (rows := next(self._plan, None)) is not None:
             self._ahead.append(self._threads.submit(self._build, rows))
