@@ -4,9 +4,9 @@
 
 A case is a method, how the state is spread, a precision, an optimizer and what activations are kept. By default every pair of
 values occurs, with the usual values for the rest (half an hour on two free cores); `--all` takes the whole product (hours). A
-refused combination is not run; `--refused` runs those too, to see that they end with the reason. With `--sees` the model is of LLaVA's
-kind, its tower and projector are trained too, and two of three records have no image. Needs no cluster. Prints a line
-a case and a summary; exit status 1 if one did not do as said.
+refused combination is not run; `--refused` runs those too, to see that they end with the reason. With `--sees` the model is of
+LLaVA's kind, its tower and projector are trained too, and two of three records have no image. Needs no cluster. Prints a line a
+case and a summary; exit status 1 if one did not do as said.
 """
 
 import argparse
