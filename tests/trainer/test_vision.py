@@ -363,6 +363,39 @@ def test_a_model_whose_parts_do_not_fit_is_told_before_it_is_loaded(seeing: Seei
 # What is computed
 
 
+def test_a_siglip_tower_gives_what_transformers_gives(seeing: Seeing, tmp_path: Path) -> None:
+    """It has no vector beside those of the patches, and LLaVA takes its last layer here."""
+    other = replace(seeing, model=tiny.make_llava(tmp_path / "model", siglip=True))
+    assert other.image().tokens_per_image == TOKENS
+    model = other.load(method="Full", adapter=None, **TRAINED)
+    batch = rows_of(other, store_of(other, seeing.data / "heldout.jsonl")).batch([0, 1, 2])
+    logits = plain(other)(input_ids=batch.input_ids, pixel_values=batch.pixel_values).logits
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.labels.flatten())
+    loss = loss_sum(model, batch, CPU) / batch.num_targets
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    loss.backward()
+    assert not [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+
+
+def test_texts_alone_train_a_model_that_sees(seeing: Seeing, tmp_path: Path) -> None:
+    store = store_of(seeing, tiny.write_jsonl(tmp_path / "texts.jsonl", tiny.chats(4, seed=1)))
+    assert store.images is not None and len(store.images) == 0
+    for blank in (False, True):
+        batch = rows_of(seeing, store, blank=blank).batch([0, None, 1])
+        assert (batch.pixel_values is not None) == blank
+        loss_sum(seeing.load(), batch, CPU).backward()
+
+
+def test_its_decoder_layers_compile(seeing: Seeing) -> None:
+    from finetune_trainer.compile import compile_layers
+
+    batch = rows_of(seeing, store_of(seeing, seeing.data / "heldout.jsonl")).batch([0, 1])
+    model = seeing.load()
+    expected = loss_sum(model, batch, CPU).item()
+    assert compile_layers(model.get_base_model(), whole=True, backend="aot_eager") == 2
+    assert loss_sum(model, batch, CPU).item() == pytest.approx(expected, rel=1e-6)
+
+
 def plain(seeing: Seeing) -> Any:
     from transformers import LlavaForConditionalGeneration
 
@@ -502,6 +535,10 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
         {"vision": {"freezeTower": True, "projectorLearningRate": 1e-3}},
         {"language_model": {"lora"}, vision.PROJECTOR: {"whole"}},
     ),
+    "an adapter in the tower alone": (
+        {"adapter__targetModules": ["vision_tower.encoder.layers.0.mlp.fc1"]},
+        {vision.TOWER: {"lora"}},
+    ),
     "both, dora": (
         {**TRAINED, "adapter__variant": "DoRA"},
         {"language_model": {"lora"}, vision.TOWER: {"whole"}, vision.PROJECTOR: {"whole"}},
@@ -520,6 +557,7 @@ def test_what_is_trained(seeing: Seeing, name: str) -> None:
     model = seeing.load(**changes)
     found = trained_parts(model)
     assert found == expected
+    assert seeing.image(**changes).blank == bool(found.keys() - {"language_model"})
     if name == "a named layer of the projector":
         assert {
             n.split(".lora_")[0].split(".")[-1]

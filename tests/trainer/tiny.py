@@ -57,10 +57,10 @@ def make_model(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tied: 
     return folder
 
 
-def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: int = 256) -> Path:
+def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: int = 256, siglip: bool = False) -> Path:
     """Saves a model of LLaVA's architecture with its processor: a random CLIP tower, a random projector, a random Llama.
 
-    An image of 64x64 pixels is 16 tokens.
+    An image of 64x64 pixels is 16 tokens. With `siglip` the tower is a random SigLIP, and its last layer is taken, whole.
     """
     import torch
     from transformers import (
@@ -70,6 +70,7 @@ def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: in
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
+        SiglipVisionConfig,
     )
 
     tokenizer = make_tokenizer(template, "<image>")
@@ -85,17 +86,18 @@ def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: in
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    tower = CLIPVisionConfig(
-        hidden_size=48,
-        intermediate_size=96,
-        num_hidden_layers=3,
-        num_attention_heads=3,
-        image_size=64,
-        patch_size=16,
-        projection_dim=32,
+    tower = (SiglipVisionConfig if siglip else CLIPVisionConfig)(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=64, patch_size=16
     )
-    image_token = tokenizer.convert_tokens_to_ids("<image>")
-    config = LlavaConfig(vision_config=tower, text_config=text, image_token_index=image_token, image_seq_length=16)
+    strategy = "full" if siglip else "default"
+    config = LlavaConfig(
+        vision_config=tower,
+        text_config=text,
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        image_seq_length=16,
+        vision_feature_select_strategy=strategy,
+        vision_feature_layer=-1 if siglip else -2,
+    )
     torch.manual_seed(0)
     LlavaForConditionalGeneration(config).to(torch.bfloat16).save_pretrained(folder)
     processor = CLIPImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 64, "width": 64})
@@ -103,8 +105,8 @@ def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: in
         processor,
         tokenizer,
         patch_size=16,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
+        vision_feature_select_strategy=strategy,
+        num_additional_image_tokens=int(not siglip),
         chat_template=template,
     ).save_pretrained(folder)
     return folder

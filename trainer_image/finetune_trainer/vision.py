@@ -36,9 +36,10 @@ def sees(config: dict[str, Any]) -> bool:
 
 
 def trains(spec: LaunchSpec) -> bool:
-    """Whether a job trains tower or projector."""
+    """Whether a job trains tower or projector, whole or by an adapter in them."""
     vision = spec.vision or NOTHING_TRAINED
-    return not vision.freeze_tower or vision.projector_learning_rate is not None
+    whole = not vision.freeze_tower or vision.projector_learning_rate is not None
+    return whole or any(part_of(target) for target in (spec.adapter.target_modules if spec.adapter else ()))
 
 
 def part_of(name: str) -> str | None:
