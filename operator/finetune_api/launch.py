@@ -98,6 +98,12 @@ class LaunchQuantization(ApiModel):
     double_quantization: bool
 
 
+class LaunchVision(ApiModel):
+    freeze_tower: bool
+    projector_learning_rate: float | None
+    """None: the projector is frozen."""
+
+
 class LaunchSchedulerParameters(ApiModel):
     """Every parameter has its value, whichever the scheduler uses."""
 
@@ -148,6 +154,7 @@ class LaunchTraining(ApiModel):
     attention: Attention
     liger_kernel: bool
     compile: bool
+    loader_workers: int
 
 
 class LaunchDeepSpeed(ApiModel):
@@ -263,6 +270,8 @@ class LaunchSpec(ApiModel):
     """Only for `Freeze`."""
     quantization: LaunchQuantization | None
     """Only for `QLoRA`."""
+    vision: LaunchVision | None
+    """None: the job says nothing of it, and nothing beside the language model is trained."""
     output: LaunchOutput
     tracking: LaunchTracking
     benchmarks: list[LaunchBenchmark]

@@ -94,6 +94,8 @@ def combinations_page() -> str:
         "- `PureBF16` rounds each update to bfloat16, as LLaMA-Factory's `pure_bf16` does: an update below half a bit of a",
         "  weight is lost. Prefer `BF16` where memory allows.",
         "- On a CPU the paged optimizers do not page, and say so; they compute the same.",
+        "- A vision tower and a projector (`vision`) are trained or frozen with every one of these, packed or not:",
+        "  `benchmarks/combinations.py --sees` runs them.",
     ]
     return NOTE + "\n".join(lines) + "\n"
 

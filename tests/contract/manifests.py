@@ -298,6 +298,21 @@ BAD: dict[str, Bad] = {
         {"globalBatchSize": 8, "packing": True, "groupByLength": True},
         ("spec.training", "`groupByLength` is only for `packing: false`"),
     ),
+    "images in texts": Bad(
+        "spec.datasets.train.0",
+        {"uri": "pvc://c/x", "format": "Text", "columns": {"text": "body", "images": "pictures"}},
+        ("spec.datasets.train[0]", "which `format: Text` does not have"),
+    ),
+    "tower in words": Bad("spec.vision", {"freezeTower": "no"}, ("spec.vision.freezeTower", "type boolean")),
+    "projector that does not learn": Bad(
+        "spec.vision",
+        {"projectorLearningRate": "0"},
+        ("spec.vision.projectorLearningRate", "above 0 and at most 1"),
+    ),
+    "tower of a misspelt name": Bad(
+        "spec.vision", {"freezeVisionTower": False}, ("unknown field", "spec.vision.freezeVisionTower")
+    ),
+    "no loader": Bad("spec.training.loaderWorkers", 0, ("spec.training.loaderWorkers", "greater than or equal to 1")),
     "name too long": Bad("metadata.name", "a" * 51, ("metadata.name", "at most 50")),
     "name begins with a digit": Bad("metadata.name", "7b-lora", ("metadata.name", "begin with a letter")),
     "freeze block for LoRA": Bad("spec.freeze", {}, ("`freeze` is only for `method: Freeze`",)),

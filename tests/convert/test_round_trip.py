@@ -16,17 +16,7 @@ from finetune_operator.local import admission
 from tests.convert.golden import CASES, NAMES
 from tests.convert.test_keys import BASE, convert_values
 
-LATER = {"llava-13b", "qwen3-example"}
-"""Cases with fields that come with multimodal training: `vision`, the `images` column, `training.loaderWorkers`."""
 CONVERTED = [name for name in NAMES if (CASES / f"{name}.expected.yaml").exists()]
-
-
-def case(name: str, *values: Any) -> Any:
-    """The parameters of a test, expected to fail as long as the case's fields are not there."""
-    later = pytest.mark.xfail(reason="comes with multimodal training", strict=True)
-    return pytest.param(
-        name, *values, id="-".join(map(str, (name, *values[:2]))), marks=[later] if name in LATER else []
-    )
 
 
 @cache
@@ -48,7 +38,7 @@ def value(name: str, path: str) -> Any:
     return found
 
 
-@pytest.mark.parametrize("name", map(case, CONVERTED))
+@pytest.mark.parametrize("name", CONVERTED)
 def test_every_manifest_is_admitted(name: str) -> None:
     _, violations = admission.admit(yaml.safe_load((CASES / f"{name}.expected.yaml").read_text()))
     assert [str(violation) for violation in violations] == []
@@ -208,6 +198,8 @@ EFFECTS = [
     ("codellama-34b", "dataset", "train.0.columns.prompt", "question"),
     ("llava-13b", "freeze_vision_tower", "vision.freezeTower", False),
     ("llava-13b", "mm_projector_lr", "vision.projectorLearningRate", 2e-5),
+    ("llava-13b", "freeze_multi_modal_projector", "vision.projectorLearningRate", 2e-5),
+    ("llava-13b", "dataset", "train.0.columns.images", "images"),
     ("llava-13b", "template", "model.chatTemplate", "llava"),
     ("llava-13b", "lora_rank", "adapter.rank", 64),
     ("llava-13b", "lora_alpha", "adapter.alpha", 128),
@@ -248,6 +240,6 @@ EFFECTS = [
 """Case, key of LLaMA-Factory, the trainer's value, and what it has to be."""
 
 
-@pytest.mark.parametrize(("name", "key", "path", "expected"), [case(*effect) for effect in EFFECTS])
+@pytest.mark.parametrize(("name", "key", "path", "expected"), EFFECTS, ids=["-".join(effect[:3]) for effect in EFFECTS])
 def test_effects(name: str, key: str, path: str, expected: Any) -> None:
     assert value(name, path) == expected

@@ -17,6 +17,10 @@ PROBLEMS = f"pvc://{CLAIM}/datasets/humaneval/heldout-problems.jsonl"
 SMOLLM2 = f"pvc://{CLAIM}/models/SmolLM2-135M-Instruct"
 SMALL = f"pvc://{CLAIM}/models/SmolLM2-first-2-layers"
 """The real weights, cut after the second layer: a step takes a fraction of a second."""
+SEEING = f"pvc://{CLAIM}/models/random-llava"
+"""A small model of LLaVA's architecture with random weights."""
+PICTURES = f"pvc://{CLAIM}/datasets/easy-vqa"
+"""`train.jsonl`, `heldout.jsonl` and their images."""
 
 
 def manifest(name: str, spec: dict[str, Any] | None = None) -> dict[str, Any]:

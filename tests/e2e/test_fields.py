@@ -1,4 +1,4 @@
-"""Fields beside the everyday ones, in two jobs that run side by side: each reaches a real trainer and has its effect."""
+"""Fields beside the everyday ones, in jobs that run side by side: each reaches a real trainer and has its effect."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 
 from tests.contract.manifests import GOOD
 from tests.e2e.cluster import Cluster
-from tests.e2e.jobs import CLAIM, HELD_OUT, PROBLEMS, TRAIN, Job, start
+from tests.e2e.jobs import CLAIM, HELD_OUT, PICTURES, PROBLEMS, SEEING, TRAIN, Job, start
 from tests.e2e.volume import TOOLBOX
 
 pytestmark = pytest.mark.cluster
@@ -67,6 +67,16 @@ FREEZE: dict[str, Any] = {
     "deepspeed": {"zeroStage": 1, "config": {"zero_optimization": {"reduce_bucket_size": 1000000}}},
     "output": {"maxShardSize": "20MB"},
 }
+LLAVA: dict[str, Any] = {
+    "model": {"uri": SEEING},
+    "datasets": {
+        "train": [{"uri": f"{PICTURES}/train.jsonl", "format": "Messages", "columns": {"images": "images"}}],
+        "evaluation": [{"uri": f"{PICTURES}/heldout.jsonl", "format": "Messages"}],
+    },
+    "vision": {"freezeTower": False, "projectorLearningRate": "2e-3"},
+    "training": {"maxSteps": 12, "loaderWorkers": 4},
+    "deepspeed": {"zeroStage": 3},
+}
 ADMITTED: dict[str, dict[str, Any]] = {
     "merged adapter, shards": {"output": {**GOOD["spec"]["output"], "mergeAdapter": True, "maxShardSize": "2GiB"}},
     "liger and compile": {
@@ -88,16 +98,17 @@ ADMITTED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: Cluster) -> tuple[Job, Job]:
-    """Both, Complete."""
-    started = start(cluster.kubectl, "qlora", QLORA), start(cluster.kubectl, "freeze", FREEZE)
-    for job in started:
+def jobs(cluster: Cluster) -> dict[str, Job]:
+    """All of them, Complete."""
+    specs = {"qlora": QLORA, "freeze": FREEZE, "llava": LLAVA}
+    started = {name: start(cluster.kubectl, name, spec) for name, spec in specs.items()}
+    for job in started.values():
         job.complete()
     return started
 
 
-def test_qlora_with_a_benchmark_and_trackers(cluster: Cluster, jobs: tuple[Job, Job]) -> None:
-    qlora, _ = jobs
+def test_qlora_with_a_benchmark_and_trackers(cluster: Cluster, jobs: dict[str, Job]) -> None:
+    qlora = jobs["qlora"]
     progress = qlora.status["progress"]
     metrics = {metric["name"]: metric["value"] for metric in progress["metrics"]}
     assert set(metrics) == {"TokenAccuracy", "HumanEvalPassAt1"}
@@ -111,10 +122,20 @@ def test_qlora_with_a_benchmark_and_trackers(cluster: Cluster, jobs: tuple[Job, 
     assert "events.out.tfevents" in boards
 
 
-def test_frozen_layers_stay_and_the_output_has_shards(cluster: Cluster, jobs: tuple[Job, Job]) -> None:
-    _, freeze = jobs
+def test_frozen_layers_stay_and_the_output_has_shards(cluster: Cluster, jobs: dict[str, Job]) -> None:
+    freeze = jobs["freeze"]
     changed = cluster.kubectl.exec(TOOLBOX, "python", "-c", CHANGED, f"/mnt/outputs/{freeze.name}").split()
     assert changed and all(name.startswith("model.layers.1.mlp.") for name in changed), changed
+
+
+def test_a_model_that_sees(cluster: Cluster, jobs: dict[str, Job]) -> None:
+    output = f"outputs/{jobs['llava'].name}"
+    result = json.loads(_read(cluster, f"{output}/train_result.json"))
+    assert result["data"]["train"][0]["images"] == result["data"]["train"][0]["samples"] > 50
+    assert result["eval_loss"] < result["base_eval_loss"]
+    config = json.loads(_read(cluster, f"{output}/adapter_config.json"))
+    assert config["modules_to_save"] == ["vision_tower", "multi_modal_projector"]
+    assert json.loads(_read(cluster, f"{output}/processor_config.json"))["processor_class"] == "LlavaProcessor"
 
 
 CHANGED = """

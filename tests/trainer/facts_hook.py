@@ -73,6 +73,7 @@ def set_rate(engine: Any, rate: float) -> None:
 def finish(spec: Any, training: Any, *arguments: Any) -> None:
     state = ds.base_optimizer(training.engine).state
     facts["moments"] = sorted({str(values["exp_avg"].dtype) for values in state.values() if "exp_avg" in values})
+    facts["loader_workers"] = training.batches.workers
     facts["linear"] = torch.nn.functional.linear.__name__
     (Path(os.environ["TEST_FACTS"]) / f"rank-{os.environ['RANK']}.json").write_text(json.dumps(facts))
     export(spec, training, *arguments)

@@ -80,6 +80,7 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
             "attention": "Auto",
             "ligerKernel": False,
             "compile": False,
+            "loaderWorkers": 2,
         },
         "deepspeed": {"zeroStage": 0, "offloadOptimizer": "None", "offloadParameters": "None", "config": None},
         "checkpoint": {
@@ -93,6 +94,7 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
         "cacheDir": str(folder / "cache"),
         "freeze": None,
         "quantization": None,
+        "vision": None,
         "output": {"mergeAdapter": False, "maxShardBytes": 5_000_000_000},
         "tracking": {"wandb": None, "tensorBoard": None},
         "benchmarks": [],

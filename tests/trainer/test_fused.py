@@ -2,6 +2,8 @@
 
 import copy
 import json
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -211,22 +213,29 @@ def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Ass
     assert len(graphs) == 1, "all layers run the same code"
 
 
-def test_a_prefetched_batch_is_the_one_that_was_asked_for() -> None:
-    built: list[list[Any]] = []
+@pytest.mark.parametrize("workers", [1, 4])
+def test_batches_come_in_the_order_of_the_plan_whatever_their_threads_do(workers: int) -> None:
+    barrier = threading.Barrier(workers)
+    begun: list[int] = []
 
     def build(rows: Sequence[int | None]) -> list[Any]:
-        built.append(list(rows))
-        if 13 in rows:
+        number = rows[0] or 0
+        begun.append(number)
+        if number <= workers:
+            barrier.wait(20)  # so many are built at the same time
+        if number == 13:
             raise ValueError("13")
+        time.sleep(0.002 * (-number % 4))
         return list(rows)
 
-    batches = Prefetcher(build)
-    assert batches.take([1, 2], [3, None]) == [1, 2]
-    assert batches.take([3, None], [5]) == [3, None]
-    assert batches.take([7], [13]) == [7], "another than was announced"
+    batches = Prefetcher(build, ([number, None] for number in range(1, 14)), workers)
+    for number in range(1, 13):
+        assert batches.take() == [number, None]
+        assert max(begun) <= number + workers, "not more ahead than there are workers"
     with pytest.raises(ValueError, match="13"):
-        batches.take([13], None)
-    assert sorted(map(str, built)) == sorted(map(str, [[1, 2], [3, None], [5], [7], [13]]))
+        batches.take()
+    batches.close()
+    assert sorted(begun) == list(range(1, 14))
 
 
 def test_liger_on_a_cpu_says_that_it_does_nothing(start: StartPod, tmp_path: Path) -> None:

@@ -1,16 +1,21 @@
 """Which weights are trained: adapters put on a model, or some of its own layers unfrozen."""
 
+import re
 from typing import Any
 
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchSpec
-from finetune_api.spec import AdapterVariant, Precision
+from finetune_api.spec import AdapterVariant, Precision, QuantizationBits
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.vision import PROJECTOR, TOWER, part_of, trains
 
 ALL = ["All"]
 
 
 def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
     """Puts an adapter on the chosen linear layers; everything else is frozen.
+
+    In a model that sees, a name means the language model's layers; those of tower and projector are named with a part of
+    their path, such as `multi_modal_projector.linear_1`.
 
     Raises:
         ConfigError: a target module does not exist; the message names those that do.
@@ -20,11 +25,13 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
 
     torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
     targets = adapter.target_modules
+    vision = any(part_of(name) for name, _ in model.named_modules())
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if targets == ALL else sorted(targets),
+        exclude_modules=_of_vision_unless_named(targets) if vision else None,
         use_dora=adapter.variant is AdapterVariant.DORA,
         use_rslora=adapter.variant is AdapterVariant.RSLORA,
         task_type="CAUSAL_LM",
@@ -37,11 +44,36 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
             f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
             f"{', '.join(sorted(linear))} ({error})"
         ) from error
-    if spec.training.precision is not Precision.FP32:  # peft makes them float32; DeepSpeed leaves that so under ZeRO-3
+    if spec.training.precision is not Precision.FP32 and not trains_masters(spec):  # peft makes them float32
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def trains_masters(spec: LaunchSpec) -> bool:
+    """Whether the weights that are trained are float32 and rounded where they are used, so that DeepSpeed needs no copy.
+
+    So it is with adapters that `lora_linear` computes. With other adapters peft would compute in float32, and a vision tower or
+    a projector that is trained needs the copy.
+    """
+    adapter, training = spec.adapter, spec.training
+    return (
+        adapter is not None
+        and adapter.dropout == 0
+        and adapter.variant is not AdapterVariant.DORA
+        and (spec.quantization is None or spec.quantization.bits is QuantizationBits.FOUR)
+        and training.precision is Precision.BF16
+        and spec.deepspeed.zero_stage == 0
+        and not trains(spec)
+    )
+
+
+def _of_vision_unless_named(targets: list[str]) -> str:
+    """The pattern of what an adapter leaves out in a model that sees."""
+    named = "|".join(re.escape(target) for target in targets if part_of(target))
+    unless = rf"(?!(?:.*\.)?(?:{named})$)" if named else ""
+    return rf"{unless}(?:.*\.)?(?:{TOWER}|{PROJECTOR})(?:\..*)?"
 
 
 def is_b_matrix(name: str) -> bool:
@@ -67,7 +99,11 @@ def freeze(model: Any, chosen: LaunchFreeze, uri: str) -> None:
     elif inside:
         roots = [named for layer in inside for named in layer.named_modules()]
         _unfreeze(roots, chosen.trainable_modules, "freeze.trainableModules", uri)
-    outside = [(n, m) for n, m in model.named_modules() if n and not _is_within(n, prefix) and not _holds(n, prefix)]
+    outside = [
+        (n, m)
+        for n, m in model.named_modules()
+        if n and not _is_within(n, prefix) and not _holds(n, prefix) and part_of(n) is None
+    ]
     _unfreeze(outside, chosen.extra_modules, "freeze.extraModules", uri)
 
 
@@ -85,7 +121,7 @@ def _decoder_layers(model: Any, uri: str) -> tuple[str, list[Any]]:
 
     number = model.config.get_text_config().num_hidden_layers
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == number:
+        if isinstance(module, torch.nn.ModuleList) and len(module) == number and part_of(name) is None:
             return name, list(module)
     raise ConfigError(f"method: Freeze: {type(model).__name__} of {uri} has no list of {number} layers")
 

@@ -135,7 +135,8 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         train_digest: SHA-256 of the tokenised training data.
     """
     training = spec.training.to_wire()
-    training.pop("evalEverySteps", None)
+    for name in ("evalEverySteps", "loaderWorkers"):
+        training.pop(name, None)
     return {
         "model.uri": spec.model.uri,
         "model.revision": model_revision,
@@ -145,6 +146,7 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         **{f"adapter.{k}": v for k, v in (spec.adapter.to_wire() if spec.adapter else {}).items()},
         **{f"freeze.{k}": v for k, v in (spec.freeze.to_wire() if spec.freeze else {}).items()},
         **{f"quantization.{k}": v for k, v in (spec.quantization.to_wire() if spec.quantization else {}).items()},
+        **{f"vision.{k}": v for k, v in (spec.vision.to_wire() if spec.vision else {}).items()},
         **{f"training.{k}": v for k, v in training.items()},
         **{f"deepspeed.{k}": v for k, v in spec.deepspeed.to_wire().items()},
         "trainer.numNodes x numProcPerNode": spec.world_size,

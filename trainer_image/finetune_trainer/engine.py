@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from finetune_api.launch import LaunchSpec
-from finetune_api.spec import AdapterVariant, Offload, Precision, QuantizationBits
+from finetune_api.spec import Offload, Precision
+from finetune_trainer.adapters import trains_masters
 from finetune_trainer.deepspeed_block import merged
 from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
@@ -26,22 +27,6 @@ def zero_stage(spec: LaunchSpec) -> int:
     """
     stage = int(spec.deepspeed.zero_stage)
     return max(stage, 1) if spec.training.precision is Precision.BF16 and not trains_masters(spec) else stage
-
-
-def trains_masters(spec: LaunchSpec) -> bool:
-    """Whether the weights that are trained are float32 and rounded where they are used, so that DeepSpeed needs no copy.
-
-    So it is with adapters that `lora_linear` computes. With other adapters peft would compute in float32.
-    """
-    adapter, training = spec.adapter, spec.training
-    return (
-        adapter is not None
-        and adapter.dropout == 0
-        and adapter.variant is not AdapterVariant.DORA
-        and (spec.quantization is None or spec.quantization.bits is QuantizationBits.FOUR)
-        and training.precision is Precision.BF16
-        and spec.deepspeed.zero_stage == 0
-    )
 
 
 def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
@@ -102,7 +87,7 @@ def base_optimizer(engine: Any) -> Any:
 def set_learning_rate(engine: Any, rate: float) -> None:
     """The schedule is ours, so the rate is set before each step; a group may learn at a multiple of it."""
     for group in base_optimizer(engine).param_groups:
-        group["lr"] = rate * group.get(RATE_MULTIPLIER, 1.0)
+        group["lr"] = rate * group[RATE_MULTIPLIER]
 
 
 def is_partitioned(engine: Any) -> bool:

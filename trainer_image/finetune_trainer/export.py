@@ -16,6 +16,7 @@ from finetune_api.launch import LaunchSpec, PathSource
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
 from finetune_trainer.shards import whole, write_model
+from finetune_trainer.vision import PROCESSOR_FILES, PROJECTOR, TOWER, part_of
 
 RESULT_FILE = "train_result.json"
 MERGED_FOLDER = "merged"
@@ -24,12 +25,15 @@ FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
 log = logging.getLogger("finetune_trainer")
 
 
-def write_output(engine: Any, tokenizer: Any, spec: LaunchSpec, result: dict[str, Any], *, first: bool) -> None:
+def write_output(
+    engine: Any, tokenizer: Any, model: Path, spec: LaunchSpec, result: dict[str, Any], *, first: bool
+) -> None:
     """Writes the output folder; all ranks call it and help to put weights together, rank 0 writes.
 
     Args:
         engine: the DeepSpeed engine.
         tokenizer: is saved beside the weights, with the chat template that was trained on.
+        model: the folder that was trained from; the files of its image processor are copied.
         spec: the launch.
         result: the content of train_result.json.
         first: whether this is rank 0.
@@ -47,6 +51,9 @@ def write_output(engine: Any, tokenizer: Any, spec: LaunchSpec, result: dict[str
     merged = temporary / MERGED_FOLDER
     for folder in (temporary, *([merged] if merged.is_dir() else [])):
         tokenizer.save_pretrained(str(folder))
+        for name in PROCESSOR_FILES:
+            if (model / name).is_file():
+                shutil.copyfile(model / name, folder / name)
         write_json(folder / OUTPUT_FILE, output_claim(spec.job))
         write_json(folder / RESULT_FILE, result)
     for path in temporary.rglob("*"):
@@ -77,10 +84,12 @@ def _write_weights(model: Any, spec: LaunchSpec, revision: str | None, folder: P
 
 
 def _gather_adapter(model: Any, *, first: bool) -> dict[str, torch.Tensor]:
-    """The trained weights on the host of rank 0; the others get an empty dict. Adapters are small, and in one file."""
+    """The trained weights on the host of rank 0; the others get an empty dict. Adapters are small, and so are a vision tower and
+    a projector: they go into one file."""
     weights = {}
+    parts = {part_of(name) for name, p in model.named_parameters() if p.requires_grad and ".lora_" not in name}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad or part_of(name) in parts - {None}:
             with whole([parameter]):
                 if first:
                     weights[name] = parameter.detach().to("cpu", copy=True).contiguous()
@@ -108,9 +117,16 @@ def _write_adapter(
     config.base_model_name_or_path = source.path if isinstance(source, PathSource) else source.repo_id
     config.revision = revision
     config.target_modules = sorted(config.target_modules)  # a set has no order
+    # A tower or projector that was trained whole is what peft calls a module to save: it takes the place of the base model's.
+    beside = {name: tensor for name, tensor in weights.items() if part_of(name) and ".lora_" not in name}
+    config.modules_to_save = [
+        part for part in (TOWER, PROJECTOR) if any(part_of(name) == part for name in beside)
+    ] or None
     # `save_embedding_layers="auto"` would ask the hub about the base model.
     tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file(dict(sorted(tensors.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(
+        dict(sorted({**tensors, **beside}.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"}
+    )
     config.save_pretrained(str(folder))
 
 

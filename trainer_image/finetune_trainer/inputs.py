@@ -51,6 +51,8 @@ def inputs_of(batch: Batch, *, by_layout: bool) -> Inputs:
     arguments: dict[str, Any] = {"input_ids": batch.input_ids, "use_cache": False, "logits_to_keep": batch.keep}
     if batch.position_ids is not None:
         arguments["position_ids"] = batch.position_ids
+    if batch.pixel_values is not None:
+        arguments |= {"pixel_values": batch.pixel_values, "image_places": batch.image_places}
     if by_layout:
         arguments |= layout_arguments(batch.sequence_lengths)
     return Inputs(arguments, batch.labels[:, batch.keep])

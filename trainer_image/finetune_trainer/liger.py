@@ -34,12 +34,15 @@ def apply(causal_lm: Any, device: torch.device, *, compiled: bool) -> None:
     if compiled:
         log.info("ligerKernel: cross-entropy only, since compiled layers fuse the rest")
         return
-    kind = causal_lm.config.model_type
+    kind = causal_lm.config.get_text_config().model_type
     function = monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN.get(kind)
     if function is None:
         log.info("ligerKernel: cross-entropy only, Liger has no other kernels for models of type %s", kind)
         return
     known = inspect.signature(function).parameters
     wanted = {"cross_entropy": False, "fused_linear_cross_entropy": False}
-    function(model=causal_lm, **{name: value for name, value in wanted.items() if name in known})
+    function(
+        model=causal_lm if kind == causal_lm.config.model_type else causal_lm.get_decoder(),
+        **{name: value for name, value in wanted.items() if name in known},
+    )
     log.info("ligerKernel: norms, rotary embedding and MLPs of %s", kind)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -24,7 +24,7 @@ from finetune_trainer.manifest import Progress
 from finetune_trainer.prefetch import Prefetcher
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.state import StateWriter
-from finetune_trainer.step import Prepared, StepResult, evaluate, micro_batches, train_step
+from finetune_trainer.step import Prepared, StepResult, evaluate, micro_batches, own_rows, train_step
 from finetune_trainer.tracking.background import Tracking
 
 SPEED_SMOOTHING = 0.2
@@ -140,7 +140,8 @@ class Training:
         self.status.beat(Activity.TRAINING, learning_rate=rate)
         ds.set_learning_rate(self.engine, rate)
         if self.batches is None:
-            self.batches = micro_batches(self.engine, self.rows, self.world.device)
+            plan = self._micro_batch_rows(step)
+            self.batches = micro_batches(self.engine, self.rows, self.world.device, plan, training.loader_workers)
         result = train_step(
             self.engine,
             self.rows,
@@ -153,11 +154,16 @@ class Training:
             stop_requested=self._must_leave,
             beat=self.status.beat,
             batches=self.batches,
-            following=self.order.rows(step + 1) if step < self.order.total_steps else None,
         )
         if not (math.isfinite(result.loss) and math.isfinite(result.grad_norm)):
             raise NonFiniteLossError(f"step {step}: loss {result.loss}, gradient norm {result.grad_norm}")
         return result
+
+    def _micro_batch_rows(self, first: int) -> Iterator[Sequence[int | None]]:
+        """This rank's rows from a step on, to the end of training."""
+        size = self.spec.training.micro_batch_size
+        for step in range(first, self.order.total_steps + 1):
+            yield from own_rows(self.order.rows(step), self.world, size)
 
     def _report(self, result: StepResult, seconds: float) -> None:
         progress, state = self.progress, self.status.state
@@ -246,6 +252,7 @@ class Training:
             micro_batch_size=self.spec.training.micro_batch_size,
             stop_requested=self._must_leave,
             beat=self.status.beat,
+            workers=self.spec.training.loader_workers,
         )
         if found is None:
             self._leave()

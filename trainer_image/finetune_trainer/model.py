@@ -11,6 +11,7 @@ from typing import Any
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Precision
+from finetune_trainer import vision
 from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze
 from finetune_trainer.data.chat_templates import set_chat_template
@@ -51,7 +52,8 @@ def check_model_folder(path: Path, uri: str) -> dict[str, Any]:
 
 def position_limit(config: dict[str, Any]) -> int | None:
     """Tokens that a model has positions for; None where its configuration names no number."""
-    limit = config.get("max_position_embeddings") or config.get("n_positions")
+    text = config.get("text_config", config)  # of a model that sees
+    limit = text.get("max_position_embeddings") or text.get("n_positions")
     return limit if isinstance(limit, int) else None
 
 
@@ -95,7 +97,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -105,11 +107,15 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
 
         keep_alive = HfDeepSpeedConfig(deepspeed_config)  # from_pretrained looks for it
     dtype = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
+    sees = vision.sees(check_model_folder(path, spec.model.uri))
     quantized: dict[str, Any] = {}
     if spec.quantization is not None:
-        quantized = {"quantization_config": quantization_config(spec.quantization, spec), "device_map": device_map()}
+        quantized = {
+            "quantization_config": quantization_config(spec.quantization, spec, sees=sees),
+            "device_map": device_map(),
+        }
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
             str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **quantized
         )
     except (OSError, ValueError, SafetensorError) as error:
@@ -122,7 +128,11 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         model = add_adapter(model, spec.adapter, spec)
     elif spec.freeze is not None:
         freeze(model, spec.freeze, spec.model.uri)
+    if sees:
+        vision.choose_trained(model, spec.vision or vision.NOTHING_TRAINED)
     checkpoint_activations(model, spec.training.activation_checkpointing, reentrant=spec.deepspeed.zero_stage == 3)
+    if sees:
+        vision.prepare(model.get_base_model() if spec.adapter is not None else model)
     # from_pretrained leaves the model in eval mode: no dropout, no recomputation. The first evaluation would end that, but a run
     # may have none, and a resumed run has none before its first step.
     model.train()

@@ -8,9 +8,10 @@ import torch
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Offload, Optimizer, Precision
 from finetune_trainer.adapters import is_b_matrix
+from finetune_trainer.vision import PROJECTOR, part_of
 
 RATE_MULTIPLIER = "rate_multiplier"
-"""Key of a group that learns at a multiple of the schedule's rate; without it the multiple is 1."""
+"""Key of a group: it learns at this multiple of the schedule's rate."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -34,18 +35,28 @@ def build_optimizer(model: Any, spec: LaunchSpec) -> Any:
 
 
 def parameter_groups(model: Any, spec: LaunchSpec) -> list[dict[str, Any]]:
-    """Vectors (norms, biases) have no weight decay; with LoRA+ the B matrices have a rate of their own."""
+    """Vectors (norms, biases) have no weight decay; LoRA+'s B matrices and a projector have rates of their own."""
+    groups: dict[tuple[float, bool], list[Any]] = {(1.0, True): [], (1.0, False): []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = (_rate_multiplier(name, spec), _dimensions(parameter) >= 2)
+            groups.setdefault(kind, []).append(parameter)
     decay = spec.training.weight_decay
-    ratio = spec.adapter.lora_plus_ratio if spec.adapter else None
-    trainable = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    matrices = [(n, p) for n, p in trainable if _dimensions(p) >= 2]
-    fast = [p for n, p in matrices if ratio is not None and is_b_matrix(n)]
-    groups: list[dict[str, Any]] = [
-        {"params": [p for n, p in matrices if ratio is None or not is_b_matrix(n)], "weight_decay": decay},
-        {"params": [p for _, p in trainable if _dimensions(p) < 2], "weight_decay": 0.0},
-        {"params": fast, "weight_decay": decay, RATE_MULTIPLIER: ratio},
+    return [
+        {"params": parameters, "weight_decay": decay if matrices else 0.0, RATE_MULTIPLIER: multiplier}
+        for (multiplier, matrices), parameters in groups.items()
+        if parameters
     ]
-    return [group for group in groups if group["params"]]
+
+
+def _rate_multiplier(name: str, spec: LaunchSpec) -> float:
+    ratio = spec.adapter.lora_plus_ratio if spec.adapter else None
+    if ratio is not None and is_b_matrix(name):
+        return ratio
+    projector_rate = spec.vision.projector_learning_rate if spec.vision else None
+    if projector_rate is not None and part_of(name) == PROJECTOR:
+        return projector_rate / spec.training.learning_rate
+    return 1.0
 
 
 def _dimensions(parameter: Any) -> int:

@@ -10,23 +10,27 @@ from typing import Any
 
 from finetune_api.launch import LaunchQuantization, LaunchSpec
 from finetune_api.spec import Precision, QuantizationBits
+from finetune_trainer.vision import PROJECTOR, TOWER
 
 log = logging.getLogger("finetune_trainer")
 
 
-def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec) -> Any:
-    """What `from_pretrained` takes as `quantization_config`: NF4 or LLM.int8() for every linear layer but the head."""
+def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec, *, sees: bool) -> Any:
+    """What `from_pretrained` takes as `quantization_config`: NF4 or LLM.int8() for every linear layer of the language model but
+    the head."""
     import torch
     from transformers import BitsAndBytesConfig
 
+    whole = ["lm_head", f"model.{TOWER}", f"model.{PROJECTOR}"] if sees else None  # None: the head, whatever its name
     if quantization.bits is QuantizationBits.EIGHT:
         # Its activations are rounded through float16 at every layer, with one message each time.
         logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
         log.info("8-bit: activations pass each quantised layer as float16 and int8, as in LLM.int8()")
-        return BitsAndBytesConfig(load_in_8bit=True)
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=whole)
     compute = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
     return BitsAndBytesConfig(
         load_in_4bit=True,
+        llm_int8_skip_modules=whole,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=quantization.double_quantization,
         bnb_4bit_compute_dtype=compute,

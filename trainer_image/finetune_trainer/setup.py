@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_api.launch import LaunchBenchmark, LaunchDataset, LaunchSpec
 from finetune_trainer import model as models
+from finetune_trainer import vision
 from finetune_trainer.claims import AttemptClaim, claim_output
 from finetune_trainer.config import fingerprint
 from finetune_trainer.data.arrange import make_order, make_rows
@@ -123,12 +124,17 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
     models.check_max_length(config, training.max_length, spec.model.uri)
     check_memory(read_shapes(sources.model), spec, world.device)
     tokenizer = models.load_tokenizer(sources.model, spec)
+    image = vision.image_input(sources.model, config, tokenizer, spec)
     parts = {name: data for name, data in (("train", sources.train), ("evaluation", sources.evaluation)) if data}
     where = scratch / "data"
     if world.is_first_of_node:
         where.mkdir(parents=True, exist_ok=True)
         encoder = Encoder(
-            tokenizer, spec.model.uri, train_on_prompt=training.train_on_prompt, mask_history=training.mask_history
+            tokenizer,
+            spec.model.uri,
+            train_on_prompt=training.train_on_prompt,
+            mask_history=training.mask_history,
+            image=image,
         )
         for name, datasets in parts.items():
             folder = cached_store(
@@ -142,7 +148,7 @@ def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, b
         folder = Path((where / f"{name}.path").read_text(encoding="utf-8"))
         store, metas[name] = TokenStore.load(folder), read_meta(folder)
         samples = make_rows(spec, name, store, metas[name]["reports"])
-        rows[name] = Rows(store, samples, packed=training.packing, pad_to=pad_to(spec, world.device))
+        rows[name] = Rows(store, samples, packed=training.packing, pad_to=pad_to(spec, world.device), image=image)
     order = make_order(spec, rows["train"], metas["train"]["reports"])
     padding = padding_share(rows["train"].row_lengths, order, training.micro_batch_size)
     report = {name: meta["reports"] for name, meta in metas.items()} | {"padding_share": round(padding, 6)}
@@ -291,6 +297,6 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
         "data": data.report,
     }
     try:
-        write_output(training.engine, data.tokenizer, spec, result, first=world.is_first)
+        write_output(training.engine, data.tokenizer, sources.model, spec, result, first=world.is_first)
     except OSError as error:
         raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error

@@ -6,7 +6,8 @@ micro-batches: each micro-batch contributes its sum of token losses, divided by 
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,10 +70,9 @@ def loss_of(model: Any, inputs: Inputs) -> torch.Tensor:
 
 
 @torch.no_grad()
-def measures_of(model: Any, batch: Batch, device: torch.device) -> tuple[float, int]:
+def measures_of(model: Any, inputs: Inputs) -> tuple[float, int]:
     """Sum of the token losses of a batch, and the number of targets that the model holds for the likeliest token."""
     kernels = kernels_of(model)
-    inputs = inputs_of(batch, by_layout=kernels.attention.by_layout).to(device)
     if kernels.head is None:
         measured = measure(model(**inputs.arguments).logits, inputs.targets)
     else:
@@ -92,8 +92,10 @@ class Prepared:
     num_tokens: int
 
 
-def micro_batches(engine: Any, rows: Rows, device: torch.device) -> Prefetcher[Prepared]:
-    """Micro-batches of some rows, one of them built ahead; on CUDA in page-locked memory."""
+def micro_batches(
+    engine: Any, rows: Rows, device: torch.device, plan: Iterator[Sequence[int | None]], workers: int = 1
+) -> Prefetcher[Prepared]:
+    """Micro-batches of the planned rows, `workers` of them built ahead; on CUDA in page-locked memory."""
     by_layout = kernels_of(engine).attention.by_layout
 
     def build(wanted: Sequence[int | None]) -> Prepared:
@@ -101,7 +103,14 @@ def micro_batches(engine: Any, rows: Rows, device: torch.device) -> Prefetcher[P
         inputs = inputs_of(batch, by_layout=by_layout)
         return Prepared(inputs.pinned() if device.type == "cuda" else inputs, batch.num_samples, batch.num_tokens)
 
-    return Prefetcher(build)
+    return Prefetcher(build, plan, workers)
+
+
+def own_rows(batch_rows: Sequence[int | None], world: World, micro_batch_size: int) -> Iterator[Sequence[int | None]]:
+    """This rank's part of a step's rows, micro-batch after micro-batch."""
+    share = len(batch_rows) // world.size
+    first = world.rank * share
+    return (batch_rows[at : at + micro_batch_size] for at in range(first, first + share, micro_batch_size))
 
 
 def train_step(
@@ -117,7 +126,6 @@ def train_step(
     stop_requested: Callable[[], bool],
     beat: Callable[[], None],
     batches: Prefetcher[Prepared] | None = None,
-    following: Sequence[int | None] | None = None,
 ) -> StepResult:
     """Forward, backward and update on one global batch; all ranks call it.
 
@@ -132,21 +140,18 @@ def train_step(
         max_grad_norm: 0 for no clipping.
         stop_requested: whether this pod was asked to leave.
         beat: sign of life, called for each micro-batch.
-        batches: builds micro-batches ahead, from step to step.
-        following: the rows of the next step.
+        batches: builds micro-batches ahead, from step to step; its plan has come to this step.
     """
     share = len(batch_rows) // world.size
     first = world.rank * share
-    batches = batches or micro_batches(engine, rows, world.device)
-    wanted = [batch_rows[at : at + micro_batch_size] for at in range(first, first + share, micro_batch_size)]
-    ahead = [*wanted[1:], None if following is None else following[first : first + micro_batch_size]]
+    batches = batches or micro_batches(engine, rows, world.device, own_rows(batch_rows, world, micro_batch_size))
     # DeepSpeed averages gradients over ranks; the factor `world.size` turns its mean into a sum.
     scale = world.size / max(1, rows.targets_in(batch_rows))
     num_samples, num_tokens, wait = 0, 0, 0.0
     losses = []
-    for index, at in enumerate(range(first, first + share, micro_batch_size)):
+    for at in range(first, first + share, micro_batch_size):
         started = time.perf_counter()
-        batch = batches.take(wanted[index], ahead[index])
+        batch = batches.take()
         wait += time.perf_counter() - started
         torch.manual_seed(hash64(seed, step, at))  # dropout depends on the rows, not on the rank that has them
         loss = loss_of(engine, batch.inputs.to(world.device))
@@ -182,6 +187,7 @@ def evaluate(
     micro_batch_size: int,
     stop_requested: Callable[[], bool],
     beat: Callable[[], None],
+    workers: int = 1,
 ) -> HeldOut | None:
     """Mean loss for each target token, and accuracy, on held-out rows; all ranks call it.
 
@@ -193,18 +199,19 @@ def evaluate(
     order = sorted(range(len(rows)), key=lambda row: (-int(rows.row_lengths[row]), row))  # least padding
     batches = [order[at : at + micro_batch_size] for at in range(0, len(order), micro_batch_size)]
     sums, correct = [0.0] * len(batches), 0
+    own = range(world.rank, len(batches) + world.rank, world.size)
+    plan: Iterator[Sequence[int | None]] = (batches[index] if index < len(batches) else [None] for index in own)
     engine.eval()
     try:
-        for round_start in range(0, len(batches), world.size):
-            index = round_start + world.rank
-            batch = rows.batch(batches[index] if index < len(batches) else [None])
-            value, right = measures_of(engine, batch, world.device)
-            if index < len(batches):
-                sums[index] = value
-                correct += right
-            beat()
-            if world.sum([float(stop_requested())])[0] > 0:
-                return None
+        with closing(micro_batches(engine, rows, world.device, plan, workers)) as ahead:
+            for index in own:
+                value, right = measures_of(engine, ahead.take().inputs.to(world.device))
+                if index < len(batches):
+                    sums[index] = value
+                    correct += right
+                beat()
+                if world.sum([float(stop_requested())])[0] > 0:
+                    return None
     finally:
         engine.train()
     targets = int(rows.row_targets.sum())

@@ -46,6 +46,7 @@ from finetune_api.spec.training import (
     SchedulerParametersSpec,
     TrainingSpec,
 )
+from finetune_api.spec.vision import VisionSpec
 
 __all__ = [
     "CHAT_TEMPLATES",
@@ -96,6 +97,7 @@ __all__ = [
     "TrackingSpec",
     "TrainerSpec",
     "TrainingSpec",
+    "VisionSpec",
     "WandbSpec",
     "ZeroStage",
 ]

@@ -39,6 +39,9 @@ class ColumnsSpec(ApiModel):
     """`system`: the system turn's text."""
     tools: Short | None = None
     """`tools`: the functions that the assistant may call, a list or its JSON text."""
+    images: Short | None = None
+    """`images`: for each `<image>` in the turns, in their order, a path that begins at the data file's folder, or the bytes of
+    an image file (Parquet and Arrow, also as {bytes, path}). For models that see."""
     text: Short | None = None
     """Text's `text`."""
 
@@ -87,7 +90,7 @@ _DATASET_RULES = (
     (
         "!has(self.columns) || self.format != 'Text' || !(has(self.columns.prompt) || has(self.columns.query)"
         " || has(self.columns.response) || has(self.columns.history) || has(self.columns.messages)"
-        " || has(self.columns.system) || has(self.columns.tools))",
+        " || has(self.columns.system) || has(self.columns.tools) || has(self.columns.images))",
         f"`columns` names more than `text`, {_NOT_HERE.format('Text')}",
     ),
 )

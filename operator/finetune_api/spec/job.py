@@ -14,6 +14,7 @@ from finetune_api.spec.model import ModelSpec
 from finetune_api.spec.results import CacheSpec, CheckpointSpec, OutputSpec, RecoverySpec, TrackingSpec
 from finetune_api.spec.trainer import TrainerSpec
 from finetune_api.spec.training import TrainingSpec
+from finetune_api.spec.vision import VisionSpec
 
 IMMUTABLE = (
     "model",
@@ -31,6 +32,7 @@ IMMUTABLE = (
     "quantization",
     "tracking",
     "evaluation",
+    "vision",
 )
 """What may not change once the job exists: another value would be another run."""
 
@@ -132,3 +134,6 @@ class FineTuneJobSpec(ApiModel):
     """Where the course of training is shown, besides Prometheus. A tracker that fails never stops or slows training."""
     evaluation: EvaluationSpec = EvaluationSpec()
     """How benchmarks are evaluated."""
+    vision: VisionSpec | None = None
+    """What is trained of a model that sees (LLaVA-1.5's kind) beside its language model, which `method`, `adapter` and `freeze`
+    are about. Absent: nothing; for a model without a vision tower it has to be absent."""

@@ -171,5 +171,8 @@ class TrainingSpec(ApiModel):
     Varlen is PyTorch's own for rows of several samples."""
     liger_kernel: bool = False
     """Use Liger's kernels on GPUs: fused cross-entropy and, without `compile`, its norms, rotary embedding and SwiGLU."""
+    loader_workers: Annotated[int, Field(ge=1, le=64)] = 2
+    """Micro-batches that each rank builds ahead at the same time, each in a thread: images are read and decoded there. Neither
+    the order of data nor the result depends on it."""
     compile: bool = False
     """Compile each decoder layer with `torch.compile`: the first steps take minutes, the others are faster."""

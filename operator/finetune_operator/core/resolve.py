@@ -22,6 +22,7 @@ from finetune_api.launch import (
     LaunchTensorBoard,
     LaunchTracking,
     LaunchTraining,
+    LaunchVision,
     LaunchWandb,
     PathSource,
     Rendezvous,
@@ -41,6 +42,7 @@ from finetune_api.spec import (
     SecretKeyRef,
     TrackingSpec,
     TrainingSpec,
+    VisionSpec,
 )
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
@@ -136,6 +138,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         cache_dir=local_path(cache_uri) if cache_uri else f"{SCRATCH}/hub",
         freeze=_freeze(spec.freeze or FreezeSpec()) if spec.method is Method.FREEZE else None,
         quantization=_quantization(spec.quantization or QuantizationSpec()) if spec.method is Method.QLORA else None,
+        vision=_vision(spec.vision) if spec.vision else None,
         output=_output(spec.output),
         tracking=_tracking(spec.tracking or TrackingSpec(), job, mounts),
         benchmarks=_benchmarks(spec, mounts),
@@ -221,6 +224,11 @@ def _quantization(quantization: QuantizationSpec) -> LaunchQuantization:
     return LaunchQuantization(bits=quantization.bits, double_quantization=quantization.double_quantization)
 
 
+def _vision(vision: VisionSpec) -> LaunchVision:
+    rate = vision.projector_learning_rate
+    return LaunchVision(freeze_tower=vision.freeze_tower, projector_learning_rate=None if rate is None else float(rate))
+
+
 def _scheduler_parameters(training: TrainingSpec) -> LaunchSchedulerParameters:
     given = training.scheduler_parameters or SchedulerParametersSpec()
     return LaunchSchedulerParameters(
@@ -270,6 +278,7 @@ def _training(spec: FineTuneJobSpec, plan: PlanStatus) -> LaunchTraining:
         attention=training.attention,
         liger_kernel=training.liger_kernel,
         compile=training.compile,
+        loader_workers=training.loader_workers,
     )
 
 

@@ -31,7 +31,10 @@ def use(model: Any, choice: Choice) -> None:
     for name, kernel in _KERNELS.items():
         ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATIONS[name], attention_function(str(name), kernel))
     try:
-        model.set_attn_implementation(choice.implementation)
+        nested = (
+            "text_config" in model.config.sub_configs
+        )  # a vision tower, whose attention is not causal, keeps its own
+        model.set_attn_implementation({"text_config": choice.implementation} if nested else choice.implementation)
     except (ValueError, ImportError) as error:
         raise ConfigError(f"training.attention: {choice.name} cannot be used: {error}") from error
     used = model.config.get_text_config()._attn_implementation

@@ -12,6 +12,7 @@ from functools import cached_property
 import numpy as np
 import torch
 
+from finetune_trainer.data.images import Image, ImageInput
 from finetune_trainer.data.packing import SampleRows
 from finetune_trainer.data.store import Ints, TokenStore
 
@@ -34,6 +35,10 @@ class Batch:
     sequence_lengths: Ints
     """Lengths of the sequences that the rows consist of, row after row; together they cover every token. Padding is cut into
     sequences of its own, none longer than the longest real one, so that it costs little where attention knows of lengths."""
+    pixel_values: torch.Tensor | None = None
+    """float32, (images, channels, height, width), in the order of their tokens; None where no vision tower is asked."""
+    image_places: torch.Tensor | None = None
+    """Where image tokens are in the flattened rows; with `pixel_values`."""
 
     @cached_property
     def keep(self) -> torch.Tensor:
@@ -55,6 +60,8 @@ class Rows:
     packed: bool
     pad_to: int = 1
     """Rows are padded to a multiple of so many tokens: compiled code and CUDA's allocator want few shapes."""
+    image: ImageInput | None = None
+    """None for a model that does not see."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -78,6 +85,9 @@ class Rows:
 
         Args:
             rows: row numbers; None for an empty row.
+
+        Raises:
+            DataError: an image cannot be decoded.
         """
         samples = [() if row is None else self.samples[row] for row in rows]
         offsets = self.store.offsets
@@ -105,6 +115,7 @@ class Rows:
             positions[line, at:] = np.arange(width - at)
             sequences.extend(min(longest, width - start) for start in range(at, width, longest))
             num_tokens += at
+        pixels, places = self._images(ids, samples)
         return Batch(
             torch.from_numpy(ids),
             torch.from_numpy(labels),
@@ -113,4 +124,22 @@ class Rows:
             num_tokens=num_tokens,
             num_targets=int((labels != IGNORE).sum()),
             sequence_lengths=np.array(sequences, dtype=np.int64),
+            pixel_values=pixels,
+            image_places=places,
         )
+
+    def _images(
+        self, ids: Ints, samples: Sequence[Sequence[int] | Ints]
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.image is None:
+            return None, None
+        assert self.store.images is not None
+        images: list[Image] = [
+            image for row in samples for sample in row for image in self.store.images.of(int(sample))
+        ]
+        pixels = self.image.pixels(images)
+        if pixels is None:
+            return None, None
+        places = np.flatnonzero(ids == self.image.token)
+        assert len(places) == len(images) * self.image.tokens_per_image
+        return torch.from_numpy(pixels), torch.from_numpy(places)

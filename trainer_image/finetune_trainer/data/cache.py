@@ -24,7 +24,7 @@ from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.files import fsync_path, sha256_file
 from finetune_trainer.hub import locked
 
-VERSION = 1
+VERSION = 2
 """Of this package's reading, rendering, masking and cutting. A change that gives other tokens needs another number."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 log = logging.getLogger("finetune_trainer")
@@ -46,7 +46,7 @@ def cache_key(
         DataError: there are no files.
     """
     tokenizer = encoder.tokenizer
-    state = {
+    state: dict[str, object] = {
         "version": VERSION,
         "libraries": {name: version(name) for name in _LIBRARIES},
         "tokenizer": hashlib.sha256(tokenizer.backend_tokenizer.to_str().encode()).hexdigest(),
@@ -60,6 +60,9 @@ def cache_key(
         "overlong": overlong,
         "datasets": [_identity(dataset, path, beat) for dataset, path in datasets],
     }
+    if encoder.image is not None:  # images are not in the cache: an entry has their places
+        state["image"] = [encoder.image.token, encoder.image.tokens_per_image]
+        state["folders"] = [str(path.resolve()) for _, path in datasets]
     return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()
 
 

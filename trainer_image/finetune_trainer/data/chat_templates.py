@@ -60,6 +60,19 @@ def set_chat_template(tokenizer: Any, wanted: str) -> None:
     tokenizer.chat_template = text
 
 
+def wants_parts(tokenizer: Any) -> bool:
+    """Whether a template wants a turn's content as a list of texts and images, as those of LLaVA's repositories on the hub do.
+
+    Of a plain text they would show nothing, without an error.
+    """
+    if not tokenizer.chat_template:
+        return False
+    word = "finetune-probe"
+    parts = [{"type": "text", "text": word}]
+    plain, listed = (_render(tokenizer, [{"role": "user", "content": c}], None) for c in (word, parts))
+    return word not in plain and word in listed and not listed.startswith("refused")
+
+
 def named_template(name: str) -> str:
     """The Jinja text of one of `CHAT_TEMPLATES`."""
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")
@@ -95,7 +108,7 @@ def _compare(tokenizer: Any, name: str, text: str) -> None:
             return
 
 
-def _render(tokenizer: Any, turns: list[dict[str, str]], template: str | None) -> str:
+def _render(tokenizer: Any, turns: list[dict[str, Any]], template: str | None) -> str:
     from jinja2 import TemplateError
 
     try:

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from finetune_api.spec import ColumnsSpec, DatasetFormat
 from finetune_trainer.data import layout as layouts
+from finetune_trainer.data.images import PLACEHOLDER, Image, read_images
 from finetune_trainer.data.layout import FUNCTION_CALL, Layout, layout_of
 from finetune_trainer.data.records import Record
 from finetune_trainer.data.tools import read_calls, read_tools
@@ -21,9 +22,14 @@ class Message(NamedTuple):
     more: dict[str, str] | None = None
     """Other keys of the turn that templates know."""
 
-    def as_turn(self) -> dict[str, Any]:
-        """What a chat template gets."""
-        turn: dict[str, Any] = {"role": self.role, "content": self.content, **(self.more or {})}
+    def as_turn(self, *, in_parts: bool = False) -> dict[str, Any]:
+        """What a chat template gets.
+
+        Args:
+            in_parts: the template wants a list of texts and images as content (see `chat_templates.wants_parts`).
+        """
+        content: Any = _parts(self.content) if in_parts else self.content
+        turn: dict[str, Any] = {"role": self.role, "content": content, **(self.more or {})}
         return {**turn, "tool_calls": self.tool_calls} if self.tool_calls else turn
 
 
@@ -34,6 +40,16 @@ class Sample(NamedTuple):
     text: str | None
     place: str
     tools: list[dict[str, Any]] | None = None
+    images: tuple[Image, ...] = ()
+
+
+def _parts(content: str) -> list[dict[str, str]]:
+    """Such templates set images apart by themselves, so the line breaks around a placeholder go."""
+    first, *others = content.split(PLACEHOLDER)
+    parts = [{"type": "text", "text": first.rstrip("\n") if others else first}]
+    for text in others:
+        parts += [{"type": "image"}, {"type": "text", "text": text.strip("\n")}]
+    return [part for part in parts if part["type"] == "image" or part["text"]]
 
 
 def detect(record: Record, columns: ColumnsSpec | None = None) -> Layout:
@@ -73,7 +89,10 @@ def to_sample(record: Record, layout: Layout) -> Sample:
     if not messages:
         raise DataError(f"{record.place}: the conversation is empty")
     key = layout.columns["tools"]
-    return Sample(messages, None, record.place, read_tools(record.value.get(key), record.place, key))
+    tools = read_tools(record.value.get(key), record.place, key)
+    key = layout.columns["images"]
+    images = read_images(record.value.get(key), key, record.place, record.folder)
+    return Sample(messages, None, record.place, tools, images)
 
 
 def _alpaca(record: Record, layout: Layout) -> list[Message]:

@@ -7,8 +7,13 @@ from finetune_api.spec import ColumnsSpec, DatasetFormat, TagsSpec
 from finetune_trainer.errors import ConfigError
 
 COLUMNS: dict[DatasetFormat, dict[str, str]] = {
-    DatasetFormat.MESSAGES: {"messages": "messages", "tools": "tools"},
-    DatasetFormat.SHARE_GPT: {"messages": "conversations", "system": "system", "tools": "tools"},
+    DatasetFormat.MESSAGES: {"messages": "messages", "tools": "tools", "images": "images"},
+    DatasetFormat.SHARE_GPT: {
+        "messages": "conversations",
+        "system": "system",
+        "tools": "tools",
+        "images": "images",
+    },
     DatasetFormat.ALPACA: {
         "prompt": "instruction",
         "query": "input",
@@ -16,6 +21,7 @@ COLUMNS: dict[DatasetFormat, dict[str, str]] = {
         "history": "history",
         "system": "system",
         "tools": "tools",
+        "images": "images",
     },
     DatasetFormat.TEXT: {"text": "text"},
 }

@@ -33,7 +33,15 @@ class Piece(NamedTuple):
     """Tokens at its start that another piece has too."""
 
 
-def fit(tokens: Tokens, max_length: int, overlong: Overlong, *, bos: int | None, last_first: bool) -> list[Piece]:
+def fit(
+    tokens: Tokens,
+    max_length: int,
+    overlong: Overlong,
+    *,
+    bos: int | None,
+    last_first: bool,
+    image_token: int | None = None,
+) -> list[Piece]:
     """Makes a sample fit.
 
     Args:
@@ -42,10 +50,20 @@ def fit(tokens: Tokens, max_length: int, overlong: Overlong, *, bos: int | None,
         overlong: what to do with a longer sample.
         bos: the token that begins a text, if the tokenizer has one: Split puts it before every piece of a sample that has it.
         last_first: TruncateShare gives room to the last turns first, as only the last answer is learned.
+        image_token: stands for the parts of images. A sample keeps all its images, whole, or is dropped: an answer about a
+            picture that is no longer there would teach to invent one.
 
     Returns:
         The pieces, none if the sample is dropped; a sample that fits is returned as it is.
     """
+    pieces = _cut(tokens, max_length, overlong, bos, last_first=last_first)
+    if image_token is None or not (of_images := np.count_nonzero(tokens.ids == image_token)):
+        return pieces
+    whole = len(pieces) == 1 and np.count_nonzero(pieces[0].ids == image_token) == of_images
+    return pieces if whole else []
+
+
+def _cut(tokens: Tokens, max_length: int, overlong: Overlong, bos: int | None, *, last_first: bool) -> list[Piece]:
     if len(tokens.ids) <= max_length:
         return [Piece(tokens.ids, tokens.targets)]
     if overlong is Overlong.DROP:

@@ -19,6 +19,8 @@ class Record(NamedTuple):
     value: dict[str, Any]
     place: str
     """`file:line`, `file: record N` or `file: row N`, counted from 1."""
+    folder: Path = Path()
+    """Of the file: paths in the record begin there."""
 
 
 def read_records(path: Path, uri: str, split: str | None = None) -> Iterator[Record]:
@@ -57,7 +59,7 @@ def _jsonl(file: Path) -> Iterator[Record]:
                 ) from error
             except UnicodeDecodeError as error:
                 raise DataError(f"{place}: not UTF-8 text at byte {error.start}") from error
-            yield Record(_checked(value, place), place)
+            yield Record(_checked(value, place), place, file.parent)
 
 
 def _json(file: Path) -> Iterator[Record]:
@@ -75,13 +77,13 @@ def _json(file: Path) -> Iterator[Record]:
         raise DataError(f"{file}: must be a list of objects, got {_kind(values)}")
     for number, value in enumerate(values, start=1):
         place = f"{file}: record {number}"
-        yield Record(_checked(value, place), place)
+        yield Record(_checked(value, place), place, file.parent)
 
 
 def _table(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Record]]:
     def read(file: Path) -> Iterator[Record]:
         for number, value in rows(file):
-            yield Record(value, f"{file}: row {number}")
+            yield Record(value, f"{file}: row {number}", file.parent)
 
     return read
 

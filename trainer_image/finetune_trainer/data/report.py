@@ -40,6 +40,7 @@ def log_reports(name: str, reports: Sequence[dict[str, Any]]) -> None:
     for r in reports:
         log.info(
             f"{name} {r['uri']}: read {r['read']:,}, used {r['used']:,} (truncated {r['truncated']:,}, split {r['split']:,}), "
-            f"left out {r['read'] - r['used']:,} (too long {r['dropped']:,}, without a target {r['no_target']:,}); "
-            f"{r['samples']:,} samples, {r['tokens']:,} tokens, {r['targets']:,} of them targets, {r['tokens_lost']:,} lost"
+            f"left out {r['read'] - r['used']:,} (too long {r['dropped']:,}, an image would be cut {r['image_cut']:,}, without a "
+            f"target {r['no_target']:,}); {r['samples']:,} samples, {r['images']:,} images, {r['tokens']:,} tokens, "
+            f"{r['targets']:,} of them targets, {r['tokens_lost']:,} lost"
         )

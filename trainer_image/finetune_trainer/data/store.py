@@ -10,7 +10,7 @@ import logging
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,9 @@ import numpy.typing as npt
 
 from finetune_api.launch import LaunchDataset
 from finetune_api.spec import DatasetFormat, Overlong
+from finetune_trainer.data import images
 from finetune_trainer.data.formats import Sample, detect, to_sample
+from finetune_trainer.data.images import Image, ImageTable, ImageWriter
 from finetune_trainer.data.layout import Layout, layout_of
 from finetune_trainer.data.lengths import Piece, fit
 from finetune_trainer.data.records import read_records
@@ -49,6 +51,8 @@ class TokenStore:
     """Where each sample begins, and the end; shape (samples + 1,)."""
     counts: Ints | None = None
     """Target tokens of each sample, shape (samples,), so that nobody has to read all targets for them; None: not counted yet."""
+    images: ImageTable | None = None
+    """None for a model that does not see."""
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -75,12 +79,14 @@ class TokenStore:
         return counts
 
     def digest(self) -> str:
-        """SHA-256 of tokens, targets and offsets: the data's identity, whatever files it came from."""
+        """SHA-256 of tokens, targets, offsets and images: the data's identity, whatever files it came from."""
         sha = hashlib.sha256()
         for array in (self.ids, self.targets, self.offsets):
             data = np.ascontiguousarray(array).view(np.uint8)
             for at in range(0, len(data), HASH_BYTES):
                 sha.update(data[at : at + HASH_BYTES].data)
+        if self.images is not None:
+            self.images.add_to(sha, HASH_BYTES)
         return sha.hexdigest()
 
     @classmethod
@@ -91,14 +97,21 @@ class TokenStore:
             ValueError: a file has not the size that the store's description says.
             OSError: a file cannot be read.
         """
-        meta = read_meta(folder)
-        arrays = []
-        for name, kind in _ARRAYS.items():
-            array = np.memmap(folder / f"{name}.bin", dtype=kind, mode="r")
-            if len(array) != meta["entries"][name]:
-                raise ValueError(f"{name}.bin has {len(array)} entries instead of {meta['entries'][name]}")
-            arrays.append(array)
-        return cls(*arrays)
+        entries = read_meta(folder)["entries"]
+        arrays = [_mapped(folder, name, kind, entries[name]) for name, kind in _ARRAYS.items()]
+        if not entries.keys() & images.ARRAYS.keys():
+            return cls(*arrays)
+        of_images = [_mapped(folder, name, kind, entries[name]) for name, kind in images.ARRAYS.items()]
+        return replace(cls(*arrays), images=ImageTable.of_arrays(of_images))
+
+
+def _mapped(folder: Path, name: str, kind: type[np.generic], entries: int) -> Any:
+    file = folder / f"{name}.bin"
+    empty = file.stat().st_size == 0  # cannot be mapped
+    array = np.zeros(0, dtype=kind) if empty else np.memmap(file, dtype=kind, mode="r")
+    if len(array) != entries:
+        raise ValueError(f"{name}.bin has {len(array)} entries instead of {entries}")
+    return array
 
 
 @dataclass
@@ -115,6 +128,8 @@ class DatasetReport:
     truncated: int = 0
     dropped: int = 0
     """Too long (`overlong: Drop`)."""
+    image_cut: int = 0
+    """Left out since too long to keep all of its images whole."""
     split: int = 0
     no_target: int = 0
     """Left out since nothing in them is a target (any more)."""
@@ -123,6 +138,8 @@ class DatasetReport:
     targets: int = 0
     tokens_lost: int = 0
     """Of the records read, tokens that are in no sample."""
+    images: int = 0
+    """In the samples that are used."""
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
@@ -141,10 +158,11 @@ def read_meta(folder: Path) -> dict[str, Any]:
 class StoreWriter:
     """Appends samples to the files of a store."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, sees: bool = False) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._stack = ExitStack()
         self._files = {name: self._stack.enter_context((folder / f"{name}.bin").open("wb")) for name in _ARRAYS}
+        self._images = ImageWriter(folder, self._stack) if sees else None
         self._end = 0
         self._files["offsets"].write(np.zeros(1, dtype=np.int64).tobytes())
 
@@ -156,8 +174,8 @@ class StoreWriter:
     ) -> None:
         self._stack.close()
 
-    def add(self, piece: Piece) -> bool:
-        """Appends a sample if any of it is a target; a sample's first token is none."""
+    def add(self, piece: Piece, of_sample: Sequence[Image] = ()) -> bool:
+        """Appends a sample with its images if any of it is a target; a sample's first token is none."""
         targets = piece.targets.copy()
         targets[:1] = False
         if not targets.any():
@@ -167,6 +185,8 @@ class StoreWriter:
         self._files["targets"].write(targets.tobytes())
         self._files["offsets"].write(np.array([self._end], dtype=np.int64).tobytes())
         self._files["counts"].write(np.array([targets.sum()], dtype=np.int64).tobytes())
+        if self._images is not None:
+            self._images.add(of_sample)
         return True
 
 
@@ -197,14 +217,14 @@ def build_store(
         with tempfile.TemporaryDirectory(prefix="finetune-store-") as temporary:
             return build_store(datasets, encoder, max_length, beat, overlong=overlong, folder=Path(temporary))
     reports = []
-    with StoreWriter(folder) as writer:
+    sees = encoder.image is not None
+    with StoreWriter(folder, sees=sees) as writer:
         for dataset, path in datasets:
             report = _add_dataset(writer, dataset, path, encoder, max_length, overlong, beat)
             _check_usable(report, path, max_length)
             reports.append(asdict(report))
-    entries = {
-        name: (folder / f"{name}.bin").stat().st_size // np.dtype(kind).itemsize for name, kind in _ARRAYS.items()
-    }
+    kinds = _ARRAYS | (images.ARRAYS if sees else {})
+    entries = {name: (folder / f"{name}.bin").stat().st_size // np.dtype(kind).itemsize for name, kind in kinds.items()}
     meta = {"entries": entries, "digest": "", "reports": reports}
     (folder / META_FILE).write_text(json.dumps(meta), encoding="utf-8")
     store = TokenStore.load(folder)
@@ -225,18 +245,23 @@ def _add_dataset(
     report = DatasetReport(dataset.uri)
     samples = _samples(dataset, path)
     bos = encoder.tokenizer.bos_token_id
+    image_token = encoder.image.token if encoder.image else None
     while chunk := list(islice(samples, CHUNK_SAMPLES)):
-        for tokens in encoder.encode(chunk):
-            pieces = fit(tokens, max_length, overlong, bos=bos, last_first=encoder.mask_history)
-            kept = [piece for piece in pieces if writer.add(piece)]
+        for sample, tokens in zip(chunk, encoder.encode(chunk), strict=True):
+            pieces = fit(
+                tokens, max_length, overlong, bos=bos, last_first=encoder.mask_history, image_token=image_token
+            )
+            kept = [piece for piece in pieces if writer.add(piece, sample.images)]
             long, whole = len(tokens.ids) > max_length, sum(len(piece.ids) - piece.repeated for piece in kept)
             report.read += 1
             report.used += bool(kept)
             report.samples += len(kept)
-            report.dropped += not pieces
+            report.dropped += not pieces and overlong is Overlong.DROP
+            report.image_cut += not pieces and overlong is not Overlong.DROP
             report.no_target += bool(pieces) and not kept
-            report.truncated += long and overlong in (Overlong.TRUNCATE, Overlong.TRUNCATE_SHARE)
-            report.split += long and overlong is Overlong.SPLIT
+            report.truncated += long and bool(pieces) and overlong in (Overlong.TRUNCATE, Overlong.TRUNCATE_SHARE)
+            report.split += long and bool(pieces) and overlong is Overlong.SPLIT
+            report.images += len(sample.images) if kept else 0
             report.tokens += sum(len(piece.ids) for piece in kept)
             report.targets += sum(int(piece.targets[1:].sum()) for piece in kept)
             report.tokens_lost += len(tokens.ids) - whole
@@ -255,6 +280,11 @@ def _check_usable(report: DatasetReport, path: Path, max_length: int) -> None:
         )
         if report.dropped:
             why = f"{report.dropped} of {report.read} are longer than training.maxLength = {max_length} tokens and dropped"
+        elif report.image_cut:
+            why = (
+                f"{report.image_cut} of {report.read} are longer than training.maxLength = {max_length} tokens and would lose "
+                "an image, or a part of one"
+            )
         raise DataError(f"{path} ({report.uri}): no usable sample: {why}")
 
 

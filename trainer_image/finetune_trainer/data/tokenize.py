@@ -11,7 +11,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.data.chat_templates import wants_parts
 from finetune_trainer.data.formats import Message, Sample
+from finetune_trainer.data.images import PLACEHOLDER, ImageInput
 from finetune_trainer.data.lengths import Mask, Tokens
 from finetune_trainer.errors import ConfigError, DataError
 
@@ -21,7 +23,15 @@ __all__ = ["Encoder", "Tokens"]
 class Encoder:
     """Tokenises samples with one tokenizer."""
 
-    def __init__(self, tokenizer: Any, uri: str, *, train_on_prompt: bool = False, mask_history: bool = False) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        uri: str,
+        *,
+        train_on_prompt: bool = False,
+        mask_history: bool = False,
+        image: ImageInput | None = None,
+    ) -> None:
         """Takes a tokenizer.
 
         Args:
@@ -29,6 +39,7 @@ class Encoder:
             uri: the model's, for messages.
             train_on_prompt: every token of a conversation is a target.
             mask_history: only the last of the assistant's turns is a target.
+            image: how a model that sees takes images; None for one that does not.
 
         Raises:
             ConfigError: the tokenizer cannot tell which characters a token stands for.
@@ -38,6 +49,8 @@ class Encoder:
         self.tokenizer = tokenizer
         self.train_on_prompt = train_on_prompt
         self.mask_history = mask_history
+        self.image = image
+        self._in_parts = image is not None and wants_parts(tokenizer)
         self._uri = uri
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens]:
@@ -45,6 +58,7 @@ class Encoder:
         texts: list[str] = []
         ranges: list[list[tuple[int, int]] | None] = []
         for sample in samples:
+            self._check_images(sample)
             if sample.messages is None:
                 texts.append(sample.text or "")
                 ranges.append(None)
@@ -54,7 +68,40 @@ class Encoder:
                 ranges.append(spans)
         chats = self._tokenize([t for t, r in zip(texts, ranges, strict=True) if r is not None], special=False)
         plain = self._tokenize([t for t, r in zip(texts, ranges, strict=True) if r is None], special=True)
-        return [self._text(next(plain)[0]) if kept is None else self._chat(next(chats), kept) for kept in ranges]
+        encoded = (self._text(next(plain)[0]) if kept is None else self._chat(next(chats), kept) for kept in ranges)
+        if self.image is None:
+            return list(encoded)
+        return [self._with_images(tokens, sample, self.image) for tokens, sample in zip(encoded, samples, strict=True)]
+
+    def _check_images(self, sample: Sample) -> None:
+        count = len(sample.images)
+        if self.image is None:
+            if count:
+                raise DataError(
+                    f"{sample.place}: the record has images, and {self._uri} cannot see; leave their column out, or train a "
+                    "model that sees (LLaVA-1.5's kind)"
+                )
+            return
+        contents = [sample.text or "", *(message.content for message in sample.messages or [])]
+        wanted = sum(content.count(PLACEHOLDER) for content in contents)
+        if wanted != count:
+            raise DataError(
+                f"{sample.place}: the turns have {wanted} times `{PLACEHOLDER}` and the record has {count} images; each image "
+                "needs one, where it belongs"
+            )
+
+    def _with_images(self, tokens: Tokens, sample: Sample, image: ImageInput) -> Tokens:
+        """Puts as many tokens in the place of each image as the model makes of it; none of them is a target."""
+        of_image = tokens.ids == image.token
+        if (shown := np.count_nonzero(of_image)) != len(sample.images):
+            raise ConfigError(
+                f"model.chatTemplate: the template shows {shown} of the {len(sample.images)} images of {sample.place}; set "
+                "`model.chatTemplate` to one that renders the turns as they are (llava)"
+            )
+        times = np.where(of_image, image.tokens_per_image, 1)
+        return Tokens(
+            tokens.ids.repeat(times), (tokens.targets & ~of_image).repeat(times), tokens.answers.repeat(times)
+        )
 
     def _text(self, ids: list[int]) -> Tokens:
         """All tokens of a text are targets, and so is the end of text after it."""
@@ -91,7 +138,7 @@ class Encoder:
                 f"model.chatTemplate: the tokenizer of {self._uri} has no chat template and the data set has "
                 "conversations; set `model.chatTemplate`, or use a data set with `text` records"
             )
-        turns = [message.as_turn() for message in messages]
+        turns = [message.as_turn(in_parts=self._in_parts) for message in messages]
         whole = self._apply(turns, tools, place, prompt=False)
         spans = []
         for index, message in enumerate(messages):
