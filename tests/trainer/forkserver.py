@@ -125,23 +125,20 @@ def main() -> None:
     from finetune_trainer.logs import setup_logging
 
     setup_logging(None)
-    from finetune_trainer.quirks import tame_deepspeed
+    from finetune_trainer.startup import import_libraries
 
-    tame_deepspeed()
+    import_libraries()
     import deepspeed.ops.adam
     import fastapi
-    import peft
     import torch
     import transformers.models.llama.modeling_llama
     import uvicorn
 
-    import finetune_trainer.checkpoint
-    import finetune_trainer.loop
     import finetune_trainer.metrics
     import finetune_trainer.rank
     import finetune_trainer.setup
 
-    assert all((deepspeed, fastapi, peft, torch, transformers, uvicorn, finetune_trainer))
+    assert all((deepspeed, fastapi, torch, transformers, uvicorn, finetune_trainer))
     serve(sys.argv[1])
 
 

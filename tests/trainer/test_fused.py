@@ -253,8 +253,11 @@ def test_compile_with_zero3_is_refused(start: StartPod) -> None:
 def test_the_compile_cache_is_beside_the_downloads(tmp_path: Path, assets: Assets) -> None:
     from finetune_api.launch import LaunchSpec
     from finetune_trainer.gang import rank_environment
+    from finetune_trainer.versions import code_digest
 
     spec = LaunchSpec.model_validate(jobs.launch(tmp_path, assets.model, assets.train))
     environment = rank_environment(spec, 0, 0, tmp_path / "scratch")
     assert environment["TORCHINDUCTOR_CACHE_DIR"].startswith(spec.cache_dir)
     assert environment["TRITON_CACHE_DIR"].startswith(spec.cache_dir)
+    assert environment["TORCH_COMPILE_CACHE_KEY_TAG"] == code_digest()
+    assert environment["TORCHINDUCTOR_COMPILE_THREADS"] == "1", "as many as the rank has CPUs"

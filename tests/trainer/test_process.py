@@ -45,6 +45,7 @@ METRICS = {
     "resumed_from_step": 0,
     "heartbeat_timestamp_seconds": 1,
     "activity": 0,
+    "startup_seconds": 0,
 }
 """Name without prefix, and the least value while a job runs."""
 

@@ -14,6 +14,7 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
+import torch._inductor.config  # `use_deterministic_algorithms` imports it anyway; here it counts as an import
 import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from finetune_api.launch import HubSource, LaunchSpec
+from finetune_trainer.versions import code_digest
 
 NVIDIA_CONTROL = Path("/dev/nvidiactl")
 """There wherever the container runtime gives the container a GPU; far cheaper to ask than CUDA."""
@@ -61,6 +62,8 @@ def rank_environment(spec: LaunchSpec, node_rank: int, local_rank: int, scratch:
         # Beside the downloads, on a volume if the job has one for them: compiled code outlives the pod.
         "TRITON_CACHE_DIR": str(Path(spec.cache_dir) / "compiled" / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(Path(spec.cache_dir) / "compiled" / "inductor"),
+        "TORCH_COMPILE_CACHE_KEY_TAG": code_digest(),
+        "TORCHINDUCTOR_COMPILE_THREADS": threads,  # else up to 32 processes a rank, whatever CPUs the pod has
         "TORCH_EXTENSIONS_DIR": str(cache / "torch_extensions"),
         "XDG_CACHE_HOME": str(cache),
     }

@@ -23,6 +23,7 @@ from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.prefetch import Prefetcher
 from finetune_trainer.schedule import learning_rate
+from finetune_trainer.startup import Startup
 from finetune_trainer.state import StateWriter
 from finetune_trainer.step import Prepared, StepResult, evaluate, micro_batches, own_rows, train_step
 from finetune_trainer.tracking.background import Tracking
@@ -65,6 +66,7 @@ class Training:
     """Rank 0's."""
     stop_requested: Callable[[], bool]
     device_facts: DeviceFacts
+    startup: Startup
     tracking: Tracking
     step_seconds: float | None = None
     logged_at: float = 0.0
@@ -89,10 +91,12 @@ class Training:
         total = self.order.total_steps
         if self.progress.last_eval_step is None or self._eval_due(self.progress.step):
             self._evaluate()
+        self.startup.took("evaluation")
         while self.progress.step < total and not self._stopped_early():
             step = self.progress.step + 1
             started = time.perf_counter()
             result = self._step(step)
+            self.startup.stepped()
             self._report(result, time.perf_counter() - started)
             self._note_saved()
             if result.stop:
@@ -280,6 +284,8 @@ class Training:
         seconds = time.perf_counter() - since
         total = self.status.state.checkpoint_stall_seconds + seconds
         self.status.beat(Activity.TRAINING, checkpoint_stall_seconds=total)
+        if self.journal is not None:
+            self.journal.event(self.progress.step, checkpoint_stall_seconds=round(seconds, 4))
         self._note_saved()
 
     def _note_saved(self) -> None:

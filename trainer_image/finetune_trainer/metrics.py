@@ -70,6 +70,15 @@ class RankCollector(Collector):
             for state in states:
                 gauge.add_metric([str(state.rank), state.device], getattr(state, field))
             yield gauge
+        startup = GaugeMetricFamily(
+            PREFIX + "startup_seconds",
+            "What the time up to this attempt's first step went to",
+            labels=["rank", "phase"],
+        )
+        for state in states:
+            for phase, seconds in state.startup.items():
+                startup.add_metric([str(state.rank), phase], seconds)
+        yield startup
         yield from _evaluations(states)
         yield _activities(states)
 

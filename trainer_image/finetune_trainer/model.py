@@ -108,15 +108,17 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         keep_alive = HfDeepSpeedConfig(deepspeed_config)  # from_pretrained looks for it
     dtype = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
     sees = vision.sees(check_model_folder(path, spec.model.uri))
-    quantized: dict[str, Any] = {}
+    placed: dict[str, Any] = {}
+    if spec.deepspeed.zero_stage < 3 and torch.cuda.is_available():
+        placed = {"device_map": device_map()}
     if spec.quantization is not None:
-        quantized = {
+        placed = {
             "quantization_config": quantization_config(spec.quantization, spec, sees=sees),
             "device_map": device_map(),
         }
     try:
         model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
-            str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **quantized
+            str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **placed
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the model cannot be loaded: {error}") from error

@@ -38,7 +38,7 @@ def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec, *, s
 
 
 def device_map() -> dict[str, Any]:
-    """Loads each weight straight to this rank's device, where it is quantised: the whole model is never in full precision."""
+    """Loads each weight straight to this rank's device: no copy of the model in host memory, and quantised weight by weight."""
     import torch
 
     return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}

@@ -21,6 +21,7 @@ def tame_deepspeed() -> None:
     _muon_without_inductor()
     _no_shared_memory_collectives()
     _no_memory_reports()
+    _no_broadcast_to_nobody()
 
 
 def _muon_without_inductor() -> None:
@@ -60,3 +61,17 @@ def _no_memory_reports() -> None:
     import deepspeed.runtime.bf16_optimizer
 
     deepspeed.runtime.bf16_optimizer.see_memory_usage = lambda *_args, **_kwargs: None
+
+
+def _no_broadcast_to_nobody() -> None:
+    """A single rank sends itself each parameter, one after the other, through a communicator that is made for it."""
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    broadcast = DeepSpeedEngine._broadcast_model
+    if broadcast.__name__ != "unless_alone":
+
+        def unless_alone(self: Any) -> None:
+            if torch.distributed.get_world_size() > 1:
+                broadcast(self)
+
+        DeepSpeedEngine._broadcast_model = unless_alone

@@ -5,6 +5,7 @@ Started by the supervisor, which has put this process's place into the environme
 
 import ctypes
 import faulthandler
+import gc
 import logging
 import os
 import signal
@@ -19,6 +20,7 @@ from finetune_api.reports import TRACEBACK_LIMIT, Activity
 from finetune_trainer.config import read_launch
 from finetune_trainer.errors import TerminatedError, classify, short_traceback
 from finetune_trainer.logs import setup_logging
+from finetune_trainer.startup import Startup, wake_device
 from finetune_trainer.state import StateWriter
 
 PR_SET_PDEATHSIG = 1
@@ -41,42 +43,38 @@ def run(
         stop_requested: whether this pod was asked to leave.
         at_end: gets what is to be called, with whether all went well, when the outcome has been recorded.
     """
+    started = time.perf_counter()
+    startup = Startup(status)
     from finetune_trainer import distributed
 
-    started = clock = time.perf_counter()
+    startup.took("imports")
     world = distributed.connect(spec)
-    clock = _took("distributed", clock)
+    startup.took("gang")
 
     from finetune_trainer import setup
 
     claim = setup.claim(spec, world)
     sources = setup.locate(spec, world)
     status.beat(model_revision=sources.model_revision)
-    clock = _took("sources", clock)
+    startup.took("sources")
 
-    data = setup.load_data(spec, sources, world, scratch, status.beat)
-    clock = _took("data", clock)
+    data = setup.load_data(spec, sources, world, scratch, status.beat, startup.took)
+    startup.took("data")
 
-    engine = setup.build_engine(spec, sources, world)
-    clock = _took("model and engine", clock)
+    engine = setup.build_engine(spec, sources, world, startup.took)
+    startup.took("engine")
 
-    training = setup.prepare_training(spec, sources, data, engine, world, claim, status, stop_requested)
-    clock = _took("checkpoint", clock)
+    training = setup.prepare_training(spec, sources, data, engine, world, claim, status, stop_requested, startup)
 
     at_end.append(training.tracking.finish)
     world.wait_for_all("loaded")
+    startup.took("resume")
     training.run()
 
     status.beat(Activity.EXPORTING)
     setup.export(spec, training, data, sources, started)
     status.beat(Activity.DONE)
     world.leave_together()
-
-
-def _took(name: str, since: float) -> float:
-    now = time.perf_counter()
-    log.info("start-up: %s took %.1f s", name, now - since)
-    return now
 
 
 def main(arguments: list[str]) -> int:
@@ -93,6 +91,9 @@ def main(arguments: list[str]) -> int:
     spec = read_launch(launch_file)
     status = StateWriter(scratch, rank, spec.attempt)
     status.beat()
+    gc.disable()  # until `import_libraries` is through
+    if os.environ.get("DS_ACCELERATOR") != "cpu":
+        wake_device(int(os.environ["LOCAL_RANK"]))
     code, at_end = 0, list[Callable[[bool], None]]()
     try:
         run(spec, scratch, status, lambda: bool(stops), at_end)

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune_api.launch import LaunchBenchmark, LaunchDataset, LaunchSpec
+from finetune_api.launch import HubSource, LaunchBenchmark, LaunchDataset, LaunchSpec
 from finetune_trainer import model as models
 from finetune_trainer import vision
 from finetune_trainer.claims import AttemptClaim, claim_output
@@ -27,6 +27,8 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError
 from finetune_trainer.hub import config_ahead, go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
+from finetune_trainer.readahead import read_ahead
+from finetune_trainer.startup import Startup, compiler_imported, import_libraries
 from finetune_trainer.state import StateWriter
 from finetune_trainer.tracking.background import Tracking
 from finetune_trainer.tracking.base import RunFacts, Tracker, run_config
@@ -95,6 +97,8 @@ def locate(spec: LaunchSpec, world: World) -> Sources:
     if world.is_first_of_node:
         check_before_download(spec, commits[0], world)
         found = paths()
+        if isinstance(spec.model.source, HubSource):  # else the supervisor reads it already
+            read_ahead(found[0])
     world.wait_for_node("located", world.is_first_of_node)
     found = found if world.is_first_of_node else paths()
     world.wait_for_all("located")
@@ -114,15 +118,25 @@ def check_before_download(spec: LaunchSpec, commit: str | None, world: World) ->
     check_memory(shapes_of_config(folder), spec, world.device)
 
 
-def load_data(spec: LaunchSpec, sources: Sources, world: World, scratch: Path, beat: Callable[[], None]) -> Data:
+def load_data(
+    spec: LaunchSpec,
+    sources: Sources,
+    world: World,
+    scratch: Path,
+    beat: Callable[[], None],
+    took: Callable[[str], None] = lambda phase: None,
+) -> Data:
     """Tokenises on the first rank of each node, or finds it done in the cache; all ranks map the same arrays."""
-    from finetune_trainer.kernels import pad_to
     from finetune_trainer.memory import check_memory, read_shapes
 
     training = spec.training
     config = models.check_model_folder(sources.model, spec.model.uri)
     models.check_max_length(config, training.max_length, spec.model.uri)
     check_memory(read_shapes(sources.model), spec, world.device)
+    import_libraries()  # not sooner: what is wrong until here is told at once
+    took("imports")
+    from finetune_trainer.kernels import pad_to
+
     tokenizer = models.load_tokenizer(sources.model, spec)
     image = vision.image_input(sources.model, config, tokenizer, spec)
     parts = {name: data for name, data in (("train", sources.train), ("evaluation", sources.evaluation)) if data}
@@ -190,7 +204,9 @@ def load_benchmarks(
     )
 
 
-def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
+def build_engine(
+    spec: LaunchSpec, sources: Sources, world: World, took: Callable[[str], None] = lambda phase: None
+) -> Any:
     """Loads the model and wraps it."""
     from finetune_trainer import engine as ds
     from finetune_trainer import kernels
@@ -202,7 +218,9 @@ def build_engine(spec: LaunchSpec, sources: Sources, world: World) -> Any:
     tame_deepspeed()
     config = ds.deepspeed_config(spec)
     check_block(spec.deepspeed.config, config, cuda=world.device.type == "cuda")
-    model = models.load_model(sources.model, spec, config)
+    with compiler_imported(spec.training.compile):
+        model = models.load_model(sources.model, spec, config)
+    took("weights")
     if spec.output.merge_adapter:
         check_mergeable(model)
     trainable = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters() if p.requires_grad)
@@ -224,6 +242,7 @@ def prepare_training(
     own_claim: AttemptClaim | None,
     status: StateWriter,
     stop_requested: Callable[[], bool],
+    startup: Startup,
 ) -> Any:
     """Resumes, if there is something to resume from, and returns the loop, ready to run."""
     from finetune_trainer.checkpoint import Checkpoints
@@ -263,6 +282,7 @@ def prepare_training(
         journal=Journal(root, spec.attempt) if world.is_first else None,
         stop_requested=stop_requested,
         device_facts=DeviceFacts(world.device),
+        startup=startup,
         tracking=start_tracking(spec, progress.step + 1 if resumed else 0, first=world.is_first),
     )
 
@@ -293,6 +313,7 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
         "model_revision": sources.model_revision,
         "attempt": spec.attempt,
         "seconds": round(time.perf_counter() - started, 1),
+        "startup_seconds": training.status.state.startup,
         "versions": versions(),
         "data": data.report,
     }

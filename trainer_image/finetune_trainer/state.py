@@ -48,6 +48,8 @@ class RankState:
     """Time in which training stood still for them."""
     data_wait_seconds: float = 0.0
     """Time in which training waited for batches."""
+    startup: dict[str, float] = field(default_factory=dict)
+    """Seconds of each phase, up to the end of this attempt's first step; see `startup.Startup`."""
     model_revision: str | None = None
     device: str = "cpu"
     device_utilization: float = 0.0

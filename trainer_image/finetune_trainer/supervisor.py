@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetune_api.launch import LaunchSpec
+from finetune_api.launch import LaunchSpec, PathSource
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.reports import TRACEBACK_LIMIT, Activity
 from finetune_trainer import server
@@ -23,6 +23,7 @@ from finetune_trainer.config import read_launch
 from finetune_trainer.errors import TrainerError, classify, short_traceback
 from finetune_trainer.gang import Gang
 from finetune_trainer.logs import setup_logging
+from finetune_trainer.readahead import read_ahead
 from finetune_trainer.report import termination_report
 from finetune_trainer.state import RankState, read_failure, read_state
 
@@ -65,7 +66,10 @@ def main(arguments: list[str], stop_requests: list[int]) -> int:
         try:
             spec = read_launch(options.launch)
             listener = server.bind(spec.http_port, options.http_host)
-            gang = Gang.start(spec, options.launch, int(os.environ.get("JOB_COMPLETION_INDEX", "0")), scratch)
+            node_rank = int(os.environ.get("JOB_COMPLETION_INDEX", "0"))
+            gang = Gang.start(spec, options.launch, node_rank, scratch)
+            if isinstance(spec.model.source, PathSource) and (node_rank == 0 or spec.deepspeed.zero_stage < 3):
+                read_ahead(Path(spec.model.source.path))  # under ZeRO-3 rank 0 reads for all
             ranks = sorted(gang.processes)
             server.serve(listener, lambda: [s for r in ranks if (s := read_state(scratch, r))], spec.attempt)
             outcome = watch(spec, gang, scratch, stop_requests)

@@ -1,0 +1,143 @@
+"""Whole jobs for benchmarks: random models of real shapes in Hugging Face layout, and the trainer as a process on them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = [str(ROOT / name) for name in (".", "operator", "trainer_image")]
+sys.path[:0] = SOURCES
+os.environ["PYTHONPATH"] = os.pathsep.join([*SOURCES, os.environ.get("PYTHONPATH", "")])
+# Images have compiled bytecode; without it imports take several times as long.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path.home() / ".cache" / "finetune-operator" / "pycache"))
+
+import torch  # noqa: E402
+
+from benchmarks.throughput import LLAMA_2_7B, TINY  # noqa: E402
+from finetune_trainer.tensor_file import Kind, TensorFile  # noqa: E402
+from tests.trainer import tiny  # noqa: E402
+from tests.trainer.jobs import Pod, launch  # noqa: E402
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "7b": LLAMA_2_7B,
+    "1.3b": {**LLAMA_2_7B, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24,
+             "num_attention_heads": 16, "num_key_value_heads": 16},
+    "tiny": TINY,
+}  # fmt: skip
+SHARD_BYTES = 5_000_000_000
+STANDARD_DEVIATION = 0.02
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a job left behind."""
+
+    result: dict[str, Any]
+    """train_result.json"""
+    journal: list[dict[str, Any]]
+    log: str
+    seconds: float
+    """From the start of the process to its end."""
+
+    @property
+    def step_seconds(self) -> dict[int, float]:
+        return {line["step"]: line["seconds"] for line in self.journal if "seconds" in line}
+
+
+def run_job(folder: Path, model: Path, train: Path, length: int, changes: dict[str, Any]) -> Done:
+    """Packed rows of a length, two in a micro-batch and a step; compiled; with all CPUs."""
+    settings: dict[str, Any] = {
+        "training__maxLength": length,
+        "training__packing": True,
+        "training__microBatchSize": 2,
+        "training__globalBatchSize": 2,
+        "training__learningRate": 1e-5,
+        "training__compile": True,
+        "training__ligerKernel": True,
+        "threadsPerProcess": os.cpu_count(),
+        "hangTimeoutSeconds": 600,
+        "communicationTimeoutSeconds": 600,
+    }
+    started = time.perf_counter()
+    pod = Pod(folder, launch(folder, model, train, **{**settings, **changes}), None)
+    code = pod.wait(timeout=600)
+    seconds = time.perf_counter() - started
+    assert code == 0, f"exit code {code}:\n{pod.log[-5000:]}"
+    journal = (folder / "checkpoints" / "journal.jsonl").read_text(encoding="utf-8").splitlines()
+    result = json.loads((folder / "output" / "train_result.json").read_text(encoding="utf-8"))
+    return Done(result, [json.loads(line) for line in journal], pod.log, round(seconds, 1))
+
+
+def compile_bytecode() -> None:
+    """Of all that a job imports, by importing it."""
+    what = "from finetune_trainer import startup; startup.import_libraries(); startup.import_compiler()"
+    subprocess.run([sys.executable, "-c", what], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def write_chats(file: Path, length: int) -> Path:
+    """A few rows of a length; steps go through them again and again."""
+    return tiny.write_jsonl(file, tiny.chats(max(64, length // 4), seed=1))
+
+
+def lora(rank: int) -> dict[str, Any]:
+    """Changes of the launch file."""
+    return {"adapter__rank": rank, "adapter__alpha": 2 * rank}
+
+
+def write_model(folder: Path, shape: str) -> Path:
+    """Writes a Llama of a shape with a small tokenizer; all matrices repeat the same random values."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder.mkdir(parents=True)
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.save_pretrained(folder)
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = LlamaConfig(**SHAPES[shape], **ids, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        kinds = {n: Kind(torch.bfloat16, tuple(t.shape)) for n, t in LlamaForCausalLM(config).state_dict().items()}
+    shards = _shards(kinds)
+    values = torch.empty(1 << 24, dtype=torch.bfloat16).normal_(0, STANDARD_DEVIATION)
+    with ThreadPoolExecutor(len(shards)) as threads:
+        list(threads.map(lambda shard: _write(folder / shard[0], shard[1], values), shards.items()))
+    index = {
+        "metadata": {"total_size": sum(kind.size_bytes for kind in kinds.values())},
+        "weight_map": {name: file for file, content in shards.items() for name in content},
+    }
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    return folder
+
+
+def forget_pages(folder: Path) -> None:
+    """Takes a folder's files out of the page cache; no right is needed for that."""
+    for file in folder.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def _shards(kinds: dict[str, Kind]) -> dict[str, dict[str, Kind]]:
+    groups: list[dict[str, Kind]] = [{}]
+    for name, kind in kinds.items():
+        if sum(k.size_bytes for k in groups[-1].values()) + kind.size_bytes > SHARD_BYTES:
+            groups.append({})
+        groups[-1][name] = kind
+    return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _write(file: Path, kinds: dict[str, Kind], values: torch.Tensor) -> None:
+    with TensorFile(file, kinds) as stream:
+        for name in reversed(stream.names):  # not in order: nobody asks for the hash
+            kind = kinds[name]
+            if name.endswith("norm.weight"):
+                tensor = torch.ones(kind.shape, dtype=kind.dtype)
+            else:
+                tensor = values.repeat(-(-kind.num_values // len(values)))[: kind.num_values].view(kind.shape)
+            stream.write(name, tensor)
