@@ -310,10 +310,14 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
         model = random_model(shape, dtype, world.device)
         return model if quantization_config is None else quantized(model, quantization_config, world.device)
 
+    folder = Path(spec.model.source.path)
+    transformers.LlamaConfig(**shape).save_pretrained(folder)  # what kind of model it is stands there
+    for name in ("tokenizer.json", "model.safetensors"):
+        (folder / name).touch()
     transformers.AutoModelForCausalLM.from_pretrained = without_files
     if bare:
         ds.build_engine = Bare
-    sources = setup.Sources(Path(spec.model.source.path), None, [], [], [])
+    sources = setup.Sources(folder, None, [], [], [])
     started = time.perf_counter()
     engine = setup.build_engine(spec, sources, world)
     built = time.perf_counter() - started
