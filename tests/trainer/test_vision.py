@@ -26,6 +26,7 @@ from finetune_trainer.data.store import TokenStore, build_store, read_meta
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.errors import ConfigError, DataError
 from finetune_trainer.kernels import _ATTRIBUTE, Kernels
+from finetune_trainer.memory import num_trained, read_shapes, shapes_of_config
 from finetune_trainer.model import load_model, load_tokenizer
 from finetune_trainer.optimizers import RATE_MULTIPLIER, parameter_groups
 from finetune_trainer.quirks import tame_deepspeed
@@ -565,6 +566,21 @@ def test_what_is_trained(seeing: Seeing, name: str) -> None:
             if p.requires_grad and vision.part_of(n)
         } == {"linear_1"}
     assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("name", ["all", "names that the tower has too", "tower", "projector", "full", "full and all"])
+def test_memory_is_reckoned_for_what_is_trained(seeing: Seeing, name: str) -> None:
+    """From the headers of the files, whose names are older than the model's, as from the configuration."""
+    changes, expected = ADAPTED[name]
+    model = seeing.load(**changes)
+    trained = {n: p.numel() for n, p in model.named_parameters() if p.requires_grad}
+    if "whole" in expected.get(vision.TOWER, ()):  # its unused layer is reckoned with
+        unused = ("post_layernorm", ".encoder.layers.2.")
+        trained |= {
+            n: p.numel() for n, p in model.named_parameters() if vision.part_of(n) and any(u in n for u in unused)
+        }
+    for shapes in (read_shapes(seeing.model), shapes_of_config(seeing.model)):
+        assert num_trained(shapes, seeing.spec(**changes)) == sum(trained.values())
 
 
 @pytest.mark.parametrize(

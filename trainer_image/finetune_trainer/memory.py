@@ -23,6 +23,7 @@ import torch
 from finetune_api.combinations import check
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchQuantization, LaunchSpec
 from finetune_api.spec import AdapterVariant, Method, Offload, Optimizer, Precision, ZeroStage
+from finetune_trainer import vision
 from finetune_trainer.config import combination
 from finetune_trainer.errors import ConfigError
 
@@ -80,12 +81,13 @@ def shapes_of_config(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Empty where transformers cannot do that; what is wrong is told when the model is loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
+        kind = AutoModelForImageTextToText if vision.sees(config.to_dict()) else AutoModelForCausalLM
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            model = kind.from_config(config)
     except Exception as error:  # whatever a configuration makes of it
         log.info("memory: not known before the download (%s: %s)", type(error).__name__, str(error).split("\n")[0])
         return {}
@@ -93,7 +95,13 @@ def shapes_of_config(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def num_trained(shapes: Shapes, spec: LaunchSpec) -> int:
-    """How many parameters the job's method trains."""
+    """How many parameters the job trains: its method of the language model, and a vision tower or projector whole."""
+    parts = vision.trained_parts(spec.vision or vision.NOTHING_TRAINED)
+    seeing = sum(prod(shape) for name, shape in shapes.items() if parts.get(vision.part_of(name)))
+    return seeing + _by_method({n: s for n, s in shapes.items() if vision.part_of(n) is None}, spec)
+
+
+def _by_method(shapes: Shapes, spec: LaunchSpec) -> int:
     if spec.freeze is not None:
         return sum(prod(shapes[name]) for name in _unfrozen(shapes, spec.freeze))
     if spec.adapter is None:
@@ -106,8 +114,9 @@ def num_trained(shapes: Shapes, spec: LaunchSpec) -> int:
 
 
 def _linear(shapes: Shapes) -> list[str]:
-    """The weights of linear layers: adapters are put on these, and these are quantised."""
-    return [n for n, shape in shapes.items() if len(shape) == 2 and n.endswith(".weight") and not _NO_LAYER.search(n)]
+    """The weights of the language model's linear layers: adapters are put on these, and these are quantised."""
+    matrices = (n for n, shape in shapes.items() if len(shape) == 2 and n.endswith(".weight"))
+    return [n for n in matrices if not _NO_LAYER.search(n) and vision.part_of(n) is None]
 
 
 def _unfrozen(shapes: Shapes, chosen: LaunchFreeze) -> Iterator[str]:

@@ -35,10 +35,14 @@ def sees(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "llava"
 
 
+def trained_parts(vision: LaunchVision) -> dict[str | None, bool]:
+    """Whether each part is trained whole."""
+    return {TOWER: not vision.freeze_tower, PROJECTOR: vision.projector_learning_rate is not None}
+
+
 def trains(spec: LaunchSpec) -> bool:
     """Whether a job trains tower or projector, whole or by an adapter in them."""
-    vision = spec.vision or NOTHING_TRAINED
-    whole = not vision.freeze_tower or vision.projector_learning_rate is not None
+    whole = any(trained_parts(spec.vision or NOTHING_TRAINED).values())
     return whole or any(part_of(target) for target in (spec.adapter.target_modules if spec.adapter else ()))
 
 
@@ -131,7 +135,7 @@ def choose_trained(model: Any, vision: LaunchVision) -> None:
     Raises:
         ConfigError: an adapter is in a part that is trained whole.
     """
-    trained = {TOWER: not vision.freeze_tower, PROJECTOR: vision.projector_learning_rate is not None}
+    trained = trained_parts(vision)
     layers = _layers_used(model.config)
     for name, parameter in model.named_parameters():
         part = part_of(name)
