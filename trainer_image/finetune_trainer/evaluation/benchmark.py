@@ -21,7 +21,7 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.evaluation.generate import Prompt, Sampling, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k
-from finetune_trainer.evaluation.problems import Problem
+from finetune_trainer.evaluation.problems import FENCE, Problem, has_code_block
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict, find_protection
 from finetune_trainer.kernels import unwrap
 
@@ -112,7 +112,7 @@ class Benchmarks:
         limit = (self.position_limit or 2**31) - 1
         for index, (name, problems) in enumerate(self.problems.items()):
             for at, problem in enumerate(problems):
-                ids, stops = self._encode(problem)
+                ids = self._encode(problem)
                 if len(ids) > limit:
                     log.warning(
                         "%s: the prompt of %s has %d tokens and counts as failed", name, problem.task_id, len(ids)
@@ -120,14 +120,20 @@ class Benchmarks:
                     continue
                 for number in range(self.generation.samples):
                     seed = (self.seed, step, index, at, number)
-                    yield _Sample(index, at, number, Prompt(ids, stops, seed))
+                    if self.tokenizer.chat_template:
+                        prompt = Prompt(ids, (FENCE,), seed, has_code_block)
+                    else:
+                        prompt = Prompt(ids, problem.stops, seed)
+                    yield _Sample(index, at, number, prompt)
 
-    def _encode(self, problem: Problem) -> tuple[list[int], tuple[str, ...]]:
+    def _encode(self, problem: Problem) -> list[int]:
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": problem.question}]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"], ()
-        return self.tokenizer(problem.prompt)["input_ids"], problem.stops
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(problem.prompt)["input_ids"]
+        return ids
 
     def _generate(
         self,

@@ -25,7 +25,11 @@ HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Chen et al. 2021, section 2.1."""
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n#")
 """As the BigCode evaluation harness has them: the prompt ends after a docstring, a whole function is the answer."""
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCE = "```"
+"""Opens and closes a code block."""
+_BLOCK = rf"{FENCE}(?:python|py)?[ \t]*\n(.*?)"
+_CLOSED = re.compile(_BLOCK + FENCE, re.DOTALL | re.IGNORECASE)
+_CLOSED_OR_LAST = re.compile(rf"{_BLOCK}(?:{FENCE}|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Problem:
         Its first code block, else all of it. If that does not define the function it is taken for the function's body, whose
         indentation templates and models tend to lose: of the first line, or of all.
         """
-        block = _FENCE.search(text)
+        block = _CLOSED_OR_LAST.search(text)
         code = block.group(1) if block else text
         if self.entry_point is None or re.search(rf"^\s*(async\s+)?def\s+{re.escape(self.entry_point)}\b", code, re.M):
             readings = [self.head + textwrap.dedent(code)]
@@ -65,6 +69,11 @@ class Problem:
             bodies = dict.fromkeys((body, "    " + body.lstrip(), textwrap.indent(body, "    ")))
             readings = [f"{self.prompt}\n{one}" for one in bodies]
         return [f"{reading}\n{self.checks}" for reading in readings]
+
+
+def has_code_block(text: str) -> bool:
+    """Whether a chat model's answer has a whole code block: nothing after the first one is looked at."""
+    return _CLOSED.search(text) is not None
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
