@@ -1,6 +1,6 @@
 """Does fine-tuning teach, and how far is QLoRA from LoRA? LoRA, QLoRA and Full on real weights and real data.
 
-    .venv/bin/python benchmarks/quality.py [--steps 24] [--problems 164] [--only LoRA ...] [--json FILE]
+    .venv/bin/python benchmarks/quality.py [--steps 20] [--problems 164] [--only LoRA ...] [--json FILE]
 
 Model: SmolLM2-135M-Instruct. Training data: the functions with doctests of the package `algorithms` (MIT; signature and docstring
 in, body out), those named like one of HumanEval's left out; every eighth of its modules is held out. pass@1: all of HumanEval,
@@ -24,8 +24,6 @@ import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-
-import yaml
 
 ROOT = Path(__file__).resolve().parents[1]
 PATHS = [str(ROOT), str(ROOT / "operator"), str(ROOT / "trainer_image")]
@@ -55,7 +53,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> int:
     """Runs the jobs and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=24, help="optimizer steps of each method")
+    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each method")
     parser.add_argument("--problems", type=int, default=164, help="of HumanEval, from the start")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most")
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=METHODS, help="only these methods")
@@ -112,7 +110,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
     """Runs one job as a user does. Returns each metric before and after, and the seconds that it took."""
     name = f"quality-{method.lower()}"
     manifest = options.folder / f"{name}.yaml"
-    manifest.write_text(yaml.safe_dump(job(name, METHODS[method], options), sort_keys=False))
+    manifest.write_text(json.dumps(job(name, METHODS[method], options), indent=1))  # YAML that quotes every text
     command = [sys.executable, "-m", "finetune_cli", "run", str(manifest), "--volume", f"{CLAIM}={options.folder}"]
     started = time.monotonic()
     subprocess.run(

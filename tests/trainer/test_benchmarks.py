@@ -1,8 +1,10 @@
 """Benchmarks: the estimator, the problems, generation against transformers' own, and whole jobs that measure pass@k."""
 
+import functools
 import gzip
 import itertools
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import torch
 
 from finetune_api.spec import BenchmarkName
 from finetune_trainer.errors import DataError
+from finetune_trainer.evaluation import cache
 from finetune_trainer.evaluation.generate import Prompt, Sampling, choose, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
-from finetune_trainer.evaluation.problems import Problem, cut, read_problems
+from finetune_trainer.evaluation.problems import Problem, cut, has_code_block, read_problems
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, find_protection
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
@@ -156,6 +159,43 @@ def test_a_text_ends_at_a_stop_or_an_end_token(model: Any) -> None:
     assert len(_generate(model, [Prompt(ids, (), (0,))], Sampling(0, 1, 30), frozenset({end}))[0]) < len(whole)
 
 
+def test_texts_that_end_leave_the_batch_and_the_others_go_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch shrinks from five rows to one, and the cache grows in small pieces: every text is the one that it is alone."""
+    monkeypatch.setattr(cache, "ROOM_TOKENS", 3)
+    tokenizer = tiny.make_tokenizer()
+    texts = ("the cat", "a large blue house and", "sings", "why not the dog runs", "red")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    alone = [_generate(model, [Prompt(one, (), (n,))], Sampling(0, 1, 24))[0] for n, one in enumerate(ids)]
+    sizes: list[int] = []
+    monkeypatch.setattr(model, "forward", _noting(model.forward, sizes))
+
+    def ends_at(number: int) -> Callable[[str], bool]:
+        return lambda text: len(text) >= 4 * number
+
+    prompts = [Prompt(one, (" ", "e", "s"), (n,), ends_at(n + 1)) for n, one in enumerate(ids)]
+    together = _generate(model, prompts, Sampling(0, 1, 24))
+    for n, (text, whole) in enumerate(zip(together, alone, strict=True)):
+        assert whole.startswith(text) and len(text) >= min(4 * (n + 1), len(whole)), (text, whole)
+    assert sizes[0] == 5 and min(sizes) < 5 and sizes == sorted(sizes, reverse=True), sizes
+
+
+def _noting(forward: Any, sizes: list[int]) -> Any:
+    @functools.wraps(forward)
+    def noting(*arguments: Any, **named: Any) -> Any:
+        sizes.append(len(named["input_ids"]))
+        return forward(*arguments, **named)
+
+    return noting
+
+
+def test_nothing_is_written_behind_a_chat_models_first_code_block(model: Any) -> None:
+    answer = "Sure:\n```python\ndef f():\n    return 1\n```"
+    assert has_code_block(answer) and not has_code_block(answer.removesuffix("```"))
+    assert not has_code_block("```") and not has_code_block("`x`")
+    problem = Problem("1", "def f():", "q", (), "", "f", "c")
+    assert problem.programs_of_answer(answer) == problem.programs_of_answer(answer + "\nIt is 1.\n```python\nf()\n```")
+
+
 def test_samples_depend_on_their_seed_alone_and_leave_torchs_generator_alone(model: Any) -> None:
     ids = tiny.make_tokenizer()("the cat")["input_ids"]
     sampling = Sampling(1.0, 0.95, 12)
@@ -222,7 +262,10 @@ def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_pat
     changes = {**WITH_BENCHMARK, "training__microBatchSize": 1}
     plain = start(tmp_path / "plain", **changes)
     one = start(tmp_path / "one", **changes, benchmarks=benchmarks)
-    two = start(tmp_path / "two", **changes, benchmarks=benchmarks, numProcPerNode=2, deepspeed__zeroStage=3)
+    once = {"training__maxSteps": 1, "training__evalEverySteps": None}
+    two = start(
+        tmp_path / "two", **{**changes, **once}, benchmarks=benchmarks, numProcPerNode=2, deepspeed__zeroStage=3
+    )
     report = one.done()
     plain.done()
     assert step_losses(one) == step_losses(plain)

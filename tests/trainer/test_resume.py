@@ -78,7 +78,10 @@ def losses(folder: Path) -> dict[int, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-def test_killed_and_resumed_is_identical(changes: dict[str, Any], start: StartPod, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_identical(
+    changes: dict[str, Any], start: StartPod, assets: Assets, tmp_path: Path
+) -> None:
+    changes = {**changes, "evaluation": [jobs.dataset(assets.evaluation, maxSamples=4)]}
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)
     victim = killed.spec["numProcPerNode"] - 1

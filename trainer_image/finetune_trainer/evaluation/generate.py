@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.data.order import hash64
+from finetune_trainer.evaluation.cache import give_room
 
 TAIL_TOKENS = 16
 """So many tokens are decoded to look for a stop: each is at least a byte, and no stop is longer."""
@@ -91,6 +92,8 @@ def generate(
             **{keyword: cache},
         )
         cache = getattr(output, keyword)
+        if number == 0:
+            give_room(cache)
         chosen = choose(output.logits[:, -1], [(*prompts[row].seed, number) for row in rows], sampling)
         for row, token in zip(rows, chosen, strict=True):
             if row in unfinished and _ends(prompts[row], texts[row], token, tokenizer, end_ids):
