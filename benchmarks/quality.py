@@ -25,9 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = [str(ROOT), str(ROOT / "operator"), str(ROOT / "trainer_image")]
-sys.path[:0] = PATHS
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import assets, local
 from demo.preflight import cache_dir
@@ -113,12 +111,7 @@ def run(method: str, options: argparse.Namespace) -> dict[str, Any]:
     manifest.write_text(json.dumps(job(name, METHODS[method], options), indent=1))  # YAML that quotes every text
     command = [sys.executable, "-m", "finetune_cli", "run", str(manifest), "--volume", f"{CLAIM}={options.folder}"]
     started = time.monotonic()
-    subprocess.run(
-        [*command, *([] if options.go_on else ["--fresh"])],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(PATHS)},
-        stdout=sys.stderr,
-        check=True,
-    )
+    subprocess.run([*command, *([] if options.go_on else ["--fresh"])], stdout=sys.stderr, check=True)
     result = json.loads((options.folder / "outputs" / name / "train_result.json").read_text())
     first, last = result["metrics"][0], result["metrics"][-1]
     assert (first["step"], last["step"]) == (0, options.steps), "measured before the first step and after the last"

@@ -100,7 +100,7 @@ def test_killed_and_resumed_is_identical(
 
 
 def test_sigterm_saves_and_resumes_identically(start: StartPod, tmp_path: Path) -> None:
-    changes = {"training__maxSteps": 30, "checkpoint__everySteps": 100, "training__packing": True}
+    changes = {"training__maxSteps": 20, "checkpoint__everySteps": 100, "training__packing": True}
     whole = start(tmp_path / "whole", **changes)
     stopped = start(tmp_path / "stopped", **changes)
     stopped.wait_for_step(5)

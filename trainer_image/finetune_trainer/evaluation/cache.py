@@ -12,6 +12,8 @@ ROOM_TOKENS = 64
 class RoomyLayer(DynamicLayer):  # type: ignore[misc]
     """`keys` and `values` are the used parts of larger tensors."""
 
+    keys: torch.Tensor
+    values: torch.Tensor
     rooms: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def update(
