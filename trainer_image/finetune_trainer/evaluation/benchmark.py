@@ -3,6 +3,7 @@
 What is generated in one batch does not depend on the number of ranks, and neither does the result.
 """
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -21,12 +22,15 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.evaluation.generate import Prompt, Sampling, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k
-from finetune_trainer.evaluation.problems import FENCE, Problem, has_code_block
+from finetune_trainer.evaluation.problems import FENCE, Problem, is_complete
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict, find_protection
 from finetune_trainer.kernels import unwrap
 
 WAIT_SECONDS = 0.05
+AGREE_TOKENS = 8
+"""Ranks with whole weights agree to go on after so many tokens: in lockstep, each token would take as long as the slowest's."""
 SHOWN_REASONS = 5
+LOG_INTERVAL_SECONDS = 20.0
 log = logging.getLogger("finetune_trainer")
 
 
@@ -121,7 +125,7 @@ class Benchmarks:
                 for number in range(self.generation.samples):
                     seed = (self.seed, step, index, at, number)
                     if self.tokenizer.chat_template:
-                        prompt = Prompt(ids, (FENCE,), seed, has_code_block)
+                        prompt = Prompt(ids, (FENCE,), seed, is_complete)
                     else:
                         prompt = Prompt(ids, problem.stops, seed)
                     yield _Sample(index, at, number, prompt)
@@ -149,13 +153,18 @@ class Benchmarks:
         order = sorted(samples, key=lambda s: (-len(s.prompt.ids), s.benchmark, s.problem, s.number))
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         idle = _Sample(0, 0, 0, Prompt([0], (), (0,)))
+        every = 1 if self.world.size == 1 or engine.zero_optimization_stage() == 3 else AGREE_TOKENS
+        calls = itertools.count(1)
 
         def go_on(unfinished: bool) -> bool:
             beat()
+            if next(calls) % every:
+                return True
             unfinished_ranks, stops = self.world.sum([float(unfinished), float(stop_requested())])
             self.stopped = stops > 0
             return unfinished_ranks > 0 and not self.stopped
 
+        said = time.monotonic()
         for first in range(0, len(batches), self.world.size):
             index = first + self.world.rank
             batch = batches[index] if index < len(batches) else []
@@ -176,6 +185,10 @@ class Benchmarks:
             for sample, text in zip(batch, texts, strict=False):
                 key = (sample.benchmark, sample.problem, sample.number)
                 pending[key] = pool.submit(self._judge, sample, text)
+            if time.monotonic() - said > LOG_INTERVAL_SECONDS:
+                said = time.monotonic()
+                written = min((first + self.world.size) * size, len(samples))
+                log.info("benchmarks: %d of %d programs are written", written, len(samples))
 
     def _end_ids(self, engine: Any) -> frozenset[int]:
         """The tokenizer's end of text and those that the model's own generation configuration names (Llama 3 has several)."""
