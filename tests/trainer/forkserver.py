@@ -133,11 +133,14 @@ def main() -> None:
     import torch
     import transformers.models.llama.modeling_llama
     import uvicorn
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
     import finetune_trainer.metrics
     import finetune_trainer.rank
     import finetune_trainer.setup
 
+    # Compiles a thousand patterns for all of transformers' models: half of a rank's start.
+    get_checkpoint_conversion_mapping("llama")
     assert all((deepspeed, fastapi, torch, transformers, uvicorn, finetune_trainer))
     serve(sys.argv[1])
 

@@ -1,8 +1,10 @@
 """Benchmarks: the estimator, the problems, generation against transformers' own, and whole jobs that measure pass@k."""
 
+import functools
 import gzip
 import itertools
 import json
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ import torch
 
 from finetune_api.spec import BenchmarkName
 from finetune_trainer.errors import DataError
+from finetune_trainer.evaluation import cache
 from finetune_trainer.evaluation.generate import Prompt, Sampling, choose, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
-from finetune_trainer.evaluation.problems import Problem, cut, read_problems
+from finetune_trainer.evaluation.problems import Problem, cut, is_complete, read_problems
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, find_protection
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
@@ -69,6 +72,10 @@ CHAT_ANSWERS = {
     "function": "def truncate_number(number: float) -> float:\n    return number % 1.0",
     "block": "Here it is:\n```python\ndef truncate_number(number):\n    return number % 1.0\n```\nIt works because …",
     "block-with-a-body": "```\n    return number % 1.0\n```",
+    "explained": "def truncate_number(number):\n    return number % 1.0\n```\n\nThis function uses the modulo operator.",
+    "body-explained": "    return number % 1.0\n```\n\nThis is the part behind the point.",
+    "indented-explained": "  def truncate_number(number):\n    return number % 1.0\nIt's easy.",
+    "example-cut": "import os\ndef truncate_number(\n    number,\n):\n\n    return number % 1.0\n# Example\nprint(truncate_nu",
     "block-that-never-ends": "```py\ndef truncate_number(number):\n    return number % 1.0\n",
 }
 
@@ -78,6 +85,12 @@ def test_readings_of_a_chat_models_answer(answer: str, sandbox: Sandbox) -> None
     problem = read_problems(HUMAN_EVAL, BenchmarkName.HUMAN_EVAL, "x", 3)[2]
     verdict = sandbox.run(problem.programs_of_answer(answer), Limits.of(10))
     assert verdict.passed, verdict
+
+
+@pytest.mark.parametrize("answer", ["", "```", "I cannot.", "def truncate_number(number):\n    return number %"])
+def test_what_is_no_answer_fails(answer: str, sandbox: Sandbox) -> None:
+    problem = read_problems(HUMAN_EVAL, BenchmarkName.HUMAN_EVAL, "x", 3)[2]
+    assert not sandbox.run(problem.programs_of_answer(answer), Limits.of(10)).passed
 
 
 def test_mbpps_layouts(sandbox: Sandbox, tmp_path: Path) -> None:
@@ -156,6 +169,44 @@ def test_a_text_ends_at_a_stop_or_an_end_token(model: Any) -> None:
     assert len(_generate(model, [Prompt(ids, (), (0,))], Sampling(0, 1, 30), frozenset({end}))[0]) < len(whole)
 
 
+def test_texts_that_end_leave_the_batch_and_the_others_go_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The batch shrinks from five rows to one, and the cache grows in small pieces: every text is the one that it is alone."""
+    monkeypatch.setattr(cache, "ROOM_TOKENS", 3)
+    tokenizer = tiny.make_tokenizer()
+    texts = ("the cat", "a large blue house and", "sings", "why not the dog runs", "red")
+    ids = [tokenizer(text)["input_ids"] for text in texts]
+    alone = [_generate(model, [Prompt(one, (), (n,))], Sampling(0, 1, 24))[0] for n, one in enumerate(ids)]
+    sizes: list[int] = []
+    monkeypatch.setattr(model, "forward", _noting(model.forward, sizes))
+
+    def ends_at(number: int) -> Callable[[str], bool]:
+        return lambda text: len(text) >= 4 * number
+
+    prompts = [Prompt(one, (" ", "e", "s"), (n,), ends_at(n + 1)) for n, one in enumerate(ids)]
+    together = _generate(model, prompts, Sampling(0, 1, 24))
+    for n, (text, whole) in enumerate(zip(together, alone, strict=True)):
+        assert whole.startswith(text) and len(text) >= min(4 * (n + 1), len(whole)), (text, whole)
+    assert sizes[0] == 5 and min(sizes) < 5 and sizes == sorted(sizes, reverse=True), sizes
+
+
+def _noting(forward: Any, sizes: list[int]) -> Any:
+    @functools.wraps(forward)
+    def noting(*arguments: Any, **named: Any) -> Any:
+        sizes.append(len(named["input_ids"]))
+        return forward(*arguments, **named)
+
+    return noting
+
+
+def test_nothing_is_written_behind_a_chat_models_first_code_block(model: Any) -> None:
+    answer = "Sure:\n```python\ndef f():\n    return 1\n```"
+    assert is_complete(answer) and not is_complete(answer.removesuffix("```"))
+    assert not is_complete("```") and not is_complete("`x`")
+    assert is_complete("def f():\n    return 1\n```"), "a block that was never opened"
+    problem = Problem("1", "def f():", "q", (), "", "f", "c")
+    assert problem.programs_of_answer(answer) == problem.programs_of_answer(answer + "\nIt is 1.\n```python\nf()\n```")
+
+
 def test_samples_depend_on_their_seed_alone_and_leave_torchs_generator_alone(model: Any) -> None:
     ids = tiny.make_tokenizer()("the cat")["input_ids"]
     sampling = Sampling(1.0, 0.95, 12)
@@ -215,14 +266,17 @@ def step_losses(pod: jobs.Pod) -> list[str]:
 
 
 def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_path: Path) -> None:
-    """The same bits of every loss with and without a benchmark; the same result on one rank and on two with ZeRO-3."""
+    """The same bits of every loss with and without a benchmark; the same result on one rank and on two, in lockstep or not."""
     problems = [*map(odd_problem, range(5)), odd_problem(9, "assert f() == 3")]
     file = tiny.write_jsonl(tmp_path / "problems.jsonl", problems)
     benchmarks = with_benchmark(file)
     changes = {**WITH_BENCHMARK, "training__microBatchSize": 1}
     plain = start(tmp_path / "plain", **changes)
     one = start(tmp_path / "one", **changes, benchmarks=benchmarks)
-    two = start(tmp_path / "two", **changes, benchmarks=benchmarks, numProcPerNode=2, deepspeed__zeroStage=3)
+    once = {**changes, "training__maxSteps": 1, "training__evalEverySteps": None, "numProcPerNode": 2}
+    pairs = [
+        start(tmp_path / f"zero{stage}", **once, benchmarks=benchmarks, deepspeed__zeroStage=stage) for stage in (0, 3)
+    ]
     report = one.done()
     plain.done()
     assert step_losses(one) == step_losses(plain)
@@ -237,9 +291,10 @@ def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_pat
     result = json.loads((one.folder / "output" / "train_result.json").read_text())
     assert [line["step"] for line in result["metrics"]] == [0, 3, 6]
 
-    two.done()
-    first = evaluations(two)[0]
-    assert {k: v for k, v in first.items() if "Pass" in k} == {k: v for k, v in found[0].items() if "Pass" in k}
+    for two in pairs:
+        two.done()
+        first = evaluations(two)[0]
+        assert {k: v for k, v in first.items() if "Pass" in k} == {k: v for k, v in found[0].items() if "Pass" in k}
 
 
 def test_no_answer_passes_and_no_sandbox_leaks_into_the_log(start: StartPod, tmp_path: Path) -> None:

@@ -106,7 +106,7 @@ def test_another_runs_checkpoint_is_refused(finished, tmp_path: Path, changes, s
 
 
 def test_an_older_attempt_ends_itself_and_writes_nothing(start: StartPod) -> None:
-    pod = start(training__maxSteps=4000, checkpoint__everySteps=50)
+    pod = start(training__maxSteps=4000, checkpoint__everySteps=10)
     pod.wait_for_step(2)
     claim = pod.folder / "checkpoints" / "attempt.json"
     claim.write_text(json.dumps({"uid": "uid-1", "attempt": 2}))

@@ -78,7 +78,10 @@ def losses(folder: Path) -> dict[int, tuple[str, str]]:
 
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
-def test_killed_and_resumed_is_identical(changes: dict[str, Any], start: StartPod, tmp_path: Path) -> None:
+def test_killed_and_resumed_is_identical(
+    changes: dict[str, Any], start: StartPod, assets: Assets, tmp_path: Path
+) -> None:
+    changes = {**changes, "evaluation": [jobs.dataset(assets.evaluation, maxSamples=4)]}
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)
     victim = killed.spec["numProcPerNode"] - 1
@@ -97,7 +100,7 @@ def test_killed_and_resumed_is_identical(changes: dict[str, Any], start: StartPo
 
 
 def test_sigterm_saves_and_resumes_identically(start: StartPod, tmp_path: Path) -> None:
-    changes = {"training__maxSteps": 30, "checkpoint__everySteps": 100, "training__packing": True}
+    changes = {"training__maxSteps": 20, "checkpoint__everySteps": 100, "training__packing": True}
     whole = start(tmp_path / "whole", **changes)
     stopped = start(tmp_path / "stopped", **changes)
     stopped.wait_for_step(5)

@@ -3,6 +3,7 @@
 What is generated in one batch does not depend on the number of ranks, and neither does the result.
 """
 
+import itertools
 import logging
 import time
 from collections import Counter
@@ -21,12 +22,15 @@ from finetune_trainer.distributed import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.evaluation.generate import Prompt, Sampling, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k
-from finetune_trainer.evaluation.problems import Problem
+from finetune_trainer.evaluation.problems import FENCE, Problem, is_complete
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict, find_protection
 from finetune_trainer.kernels import unwrap
 
 WAIT_SECONDS = 0.05
+AGREE_TOKENS = 8
+"""Ranks with whole weights agree to go on after so many tokens: in lockstep, each token would take as long as the slowest's."""
 SHOWN_REASONS = 5
+LOG_INTERVAL_SECONDS = 20.0
 log = logging.getLogger("finetune_trainer")
 
 
@@ -112,7 +116,7 @@ class Benchmarks:
         limit = (self.position_limit or 2**31) - 1
         for index, (name, problems) in enumerate(self.problems.items()):
             for at, problem in enumerate(problems):
-                ids, stops = self._encode(problem)
+                ids = self._encode(problem)
                 if len(ids) > limit:
                     log.warning(
                         "%s: the prompt of %s has %d tokens and counts as failed", name, problem.task_id, len(ids)
@@ -120,14 +124,20 @@ class Benchmarks:
                     continue
                 for number in range(self.generation.samples):
                     seed = (self.seed, step, index, at, number)
-                    yield _Sample(index, at, number, Prompt(ids, stops, seed))
+                    if self.tokenizer.chat_template:
+                        prompt = Prompt(ids, (FENCE,), seed, is_complete)
+                    else:
+                        prompt = Prompt(ids, problem.stops, seed)
+                    yield _Sample(index, at, number, prompt)
 
-    def _encode(self, problem: Problem) -> tuple[list[int], tuple[str, ...]]:
+    def _encode(self, problem: Problem) -> list[int]:
         if self.tokenizer.chat_template:
             turns = [{"role": "user", "content": problem.question}]
             text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"], ()
-        return self.tokenizer(problem.prompt)["input_ids"], problem.stops
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        else:
+            ids = self.tokenizer(problem.prompt)["input_ids"]
+        return ids
 
     def _generate(
         self,
@@ -143,13 +153,18 @@ class Benchmarks:
         order = sorted(samples, key=lambda s: (-len(s.prompt.ids), s.benchmark, s.problem, s.number))
         batches = [order[at : at + size] for at in range(0, len(order), size)]
         idle = _Sample(0, 0, 0, Prompt([0], (), (0,)))
+        every = 1 if self.world.size == 1 or engine.zero_optimization_stage() == 3 else AGREE_TOKENS
+        calls = itertools.count(1)
 
         def go_on(unfinished: bool) -> bool:
             beat()
+            if next(calls) % every:
+                return True
             unfinished_ranks, stops = self.world.sum([float(unfinished), float(stop_requested())])
             self.stopped = stops > 0
             return unfinished_ranks > 0 and not self.stopped
 
+        said = time.monotonic()
         for first in range(0, len(batches), self.world.size):
             index = first + self.world.rank
             batch = batches[index] if index < len(batches) else []
@@ -170,6 +185,10 @@ class Benchmarks:
             for sample, text in zip(batch, texts, strict=False):
                 key = (sample.benchmark, sample.problem, sample.number)
                 pending[key] = pool.submit(self._judge, sample, text)
+            if time.monotonic() - said > LOG_INTERVAL_SECONDS:
+                said = time.monotonic()
+                written = min((first + self.world.size) * size, len(samples))
+                log.info("benchmarks: %d of %d programs are written", written, len(samples))
 
     def _end_ids(self, engine: Any) -> frozenset[int]:
         """The tokenizer's end of text and those that the model's own generation configuration names (Llama 3 has several)."""

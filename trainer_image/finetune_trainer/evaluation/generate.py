@@ -12,9 +12,12 @@ from typing import Any
 import torch
 
 from finetune_trainer.data.order import hash64
+from finetune_trainer.evaluation.cache import give_room
 
 TAIL_TOKENS = 16
 """So many tokens are decoded to look for a stop: each is at least a byte, and no stop is longer."""
+KEPT_SHARE = 0.75
+"""Ended texts leave the batch once no more than this share of its rows is unfinished: a row costs as much as another one."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +39,8 @@ class Prompt:
     stops: tuple[str, ...]
     seed: tuple[int, ...]
     """Tells this sample from all others: (seed, step, problem, sample)."""
+    complete: Callable[[str], bool] = lambda text: True
+    """Whether a text with a stop near its end needs no more."""
 
 
 @torch.no_grad()
@@ -73,7 +78,8 @@ def generate(
     ids, mask = ids.to(device), mask.to(device)
     positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
     texts: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    rows = list(range(len(prompts)))  # of the batch; ended texts leave it
+    unfinished = set(rows)
     keyword = _cache_keyword(model)
     cache: Any = None
     for number in range(sampling.max_new_tokens):
@@ -86,23 +92,34 @@ def generate(
             **{keyword: cache},
         )
         cache = getattr(output, keyword)
-        chosen = choose(output.logits[:, -1], [(*prompt.seed, number) for prompt in prompts], sampling)
-        for row in sorted(open_rows):
-            token = chosen[row]
-            if token in end_ids:
-                open_rows.discard(row)
-                continue
-            texts[row].append(token)
-            if prompts[row].stops:
-                tail = tokenizer.decode(texts[row][-TAIL_TOKENS:])
-                if any(stop in tail for stop in prompts[row].stops):
-                    open_rows.discard(row)
-        if not go_on(bool(open_rows)):
+        if number == 0:
+            give_room(cache)
+        chosen = choose(output.logits[:, -1], [(*prompts[row].seed, number) for row in rows], sampling)
+        for row, token in zip(rows, chosen, strict=True):
+            if row in unfinished and _ends(prompts[row], texts[row], token, tokenizer, end_ids):
+                unfinished.discard(row)
+        if not go_on(bool(unfinished)):
             break
         ids = torch.tensor(chosen, device=device)[:, None]
-        mask = torch.cat([mask, mask.new_ones(len(prompts), 1)], dim=1)
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
         positions = positions[:, -1:] + 1
+        if 0 < len(unfinished) <= KEPT_SHARE * len(rows) and hasattr(cache, "batch_select_indices"):
+            kept = torch.tensor([at for at, row in enumerate(rows) if row in unfinished], device=device)
+            cache.batch_select_indices(kept)
+            ids, mask, positions = ids[kept], mask[kept], positions[kept]
+            rows = sorted(unfinished)
     return [tokenizer.decode(text, skip_special_tokens=True) for text in texts]
+
+
+def _ends(prompt: Prompt, text: list[int], token: int, tokenizer: Any, end_ids: frozenset[int]) -> bool:
+    """Adds a token to its text. Returns whether it was the last one."""
+    if token in end_ids:
+        return True
+    text.append(token)
+    if not prompt.stops:
+        return False
+    tail = tokenizer.decode(text[-TAIL_TOKENS:])
+    return any(stop in tail for stop in prompt.stops) and prompt.complete(tokenizer.decode(text))
 
 
 def _cache_keyword(model: Any) -> str:

@@ -25,7 +25,11 @@ HUMAN_EVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 """Chen et al. 2021, section 2.1."""
 MBPP_STOPS = ("\nclass", "\nassert", '\n"""', "\nprint", "\nif", "\n#")
 """As the BigCode evaluation harness has them: the prompt ends after a docstring, a whole function is the answer."""
-_FENCE = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)(?:```|\Z)", re.DOTALL | re.IGNORECASE)
+FENCE = "```"
+"""Opens and closes a code block."""
+_BLOCK = rf"{FENCE}(?:python|py)?[ \t]*\n(.*?)"
+_CLOSED = re.compile(_BLOCK + FENCE, re.DOTALL | re.IGNORECASE)
+_CLOSED_OR_LAST = re.compile(rf"{_BLOCK}(?:{FENCE}|\Z)", re.DOTALL | re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -51,20 +55,41 @@ class Problem:
         return f"{self.head if self.entry_point is None else self.prompt}{cut(text, self.stops)}\n{self.checks}"
 
     def programs_of_answer(self, text: str) -> list[str]:
-        """The programs that a chat model's answer may mean, the likeliest first.
+        """The programs that a chat model's answer may mean, the likeliest first; the first that is Python is the answer.
 
-        Its first code block, else all of it. If that does not define the function it is taken for the function's body, whose
-        indentation templates and models tend to lose: of the first line, or of all.
+        The code is the first code block, or what stands before the first fence: models close blocks that they never opened. If
+        code defines the function, all of it is meant, or else all up to the function's end: what follows may be an explanation,
+        or an example that was cut off. Otherwise it is taken for the function's body, whose indentation templates and models
+        tend to lose: of the first line, or of all.
         """
-        block = _FENCE.search(text)
-        code = block.group(1) if block else text
-        if self.entry_point is None or re.search(rf"^\s*(async\s+)?def\s+{re.escape(self.entry_point)}\b", code, re.M):
-            readings = [self.head + textwrap.dedent(code)]
+        block = _CLOSED_OR_LAST.search(text)
+        found = (block.group(1) if block else "", text.partition(FENCE)[0])
+        codes = [textwrap.dedent(code).strip("\n") for code in found if code.strip()]
+        if self.entry_point is None:
+            readings = [self.head + code for code in codes]
+        elif defining := [code for code in codes if _definition(self.entry_point).search(code)]:
+            readings = [self.head + part for code in defining for part in (code, _to_end_of(self.entry_point, code))]
         else:
-            body = code.strip("\n")
-            bodies = dict.fromkeys((body, "    " + body.lstrip(), textwrap.indent(body, "    ")))
-            readings = [f"{self.prompt}\n{one}" for one in bodies]
-        return [f"{reading}\n{self.checks}" for reading in readings]
+            bodies = [body for code in codes for body in (textwrap.indent(code, "    "), "    " + code)]
+            readings = [f"{self.prompt}\n{body}" for body in bodies]
+        return [f"{reading}\n{self.checks}" for reading in dict.fromkeys(readings)] or [self.checks]
+
+
+def _definition(name: str) -> re.Pattern[str]:
+    return re.compile(rf"^([ \t]*)(?:async\s+)?def\s+{name}\b.*$", re.MULTILINE)
+
+
+def _to_end_of(function: str, code: str) -> str:
+    """The code without what follows the function: the first line that is indented no deeper and does not end its signature."""
+    found = _definition(function).search(code)
+    assert found is not None, "asked for where it is defined"
+    following = re.compile(rf"^(?!{found[1]}[ \t])[ \t]*[^\s)]", re.MULTILINE).search(code, found.end())
+    return textwrap.dedent(code[: following.start()] if following else code)
+
+
+def is_complete(text: str) -> bool:
+    """Whether nothing that a chat model may add to its answer would be looked at: a code block has ended."""
+    return _CLOSED.search(text) is not None or _definition(r"\w+").search(text.partition(FENCE)[0]) is not None
 
 
 def cut(text: str, stops: tuple[str, ...]) -> str:
