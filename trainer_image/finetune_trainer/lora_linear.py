@@ -256,7 +256,7 @@ def _in_place(kind: type) -> Any:
     would be told by its identity, and every layer compiled by itself.
     """
 
-    class InPlaceLinear(kind):  # type: ignore[misc,valid-type]
+    class InPlaceLinear(kind):  # type: ignore[misc]
         lora_group: LoraGroup
         lora_index: int
 
@@ -304,7 +304,8 @@ def install(model: Any) -> bool:
 def _install(layers: list[Any]) -> None:
     group = LoraGroup(layers)
     for index, layer in enumerate(layers):
-        layer.__class__ = _in_place(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _in_place(kind)
         layer.lora_group, layer.lora_index = group, index
 
 

@@ -181,7 +181,7 @@ def _backward_on_cpu(
         for target, whole in zip(
             grads, (scores @ k, scores.transpose(1, 2) @ q, weights.transpose(1, 2) @ g), strict=True
         ):
-            grouped = whole.unflatten(0, (target.shape[1], -1)).sum(dim=1)  # heads that share keys and values
+            grouped = whole.view(target.shape[1], -1, *whole.shape[1:]).sum(dim=1)  # heads that share keys and values
             target[part] = grouped.transpose(0, 1).to(target.dtype)
     return grads
 
