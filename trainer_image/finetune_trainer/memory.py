@@ -24,7 +24,9 @@ from finetune_api.combinations import check
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchQuantization, LaunchSpec
 from finetune_api.spec import AdapterVariant, Method, Offload, Optimizer, Precision, ZeroStage
 from finetune_trainer import vision
+from finetune_trainer.adapters import trains_masters
 from finetune_trainer.config import combination
+from finetune_trainer.engine import zero_stage
 from finetune_trainer.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -143,14 +145,14 @@ def needed(shapes: Shapes, spec: LaunchSpec) -> Needed:
     weights = float(size * sum(map(prod, shapes.values())))
     if spec.quantization is not None:
         weights -= (size - spec.quantization.bits / 8) * sum(prod(shapes[name]) for name in _linear(shapes))
+    masters = trains_masters(spec)  # float32 themselves
     if spec.adapter is not None:
-        weights += size * trained
-    gradients = float(size * trained)
-    master = 4 if precision is Precision.BF16 else 0
+        weights += (4 if masters else size) * trained
+    gradients = float((4 if masters else size) * trained)
+    master = 4 if precision is Precision.BF16 and not masters else 0
     state = 2 if precision is Precision.PURE_BF16 else 4
     optimizer = trained * (master + _MOMENTS.get(spec.training.optimizer, 0.0) * state)
-    # Stage 0 with BF16 runs as stage 1 (see `engine.zero_stage`).
-    optimizer /= ranks if stage >= 1 or precision is Precision.BF16 else 1
+    optimizer /= ranks if zero_stage(spec) >= 1 else 1
     gradients /= ranks if stage >= 2 else 1
     weights /= ranks if stage == 3 else 1
     host = 0.0
