@@ -456,7 +456,7 @@ def test_the_second_stage_trains_small_adapters_without_zero(make: Make) -> None
     alpha(run, 16)
     assert {name.split(".")[-3] for name in run.tensors()} == {"q_proj", "v_proj"}
     assert run.ranks[0]["held"] == run.ranks[0]["whole"] and len(run.steps) == 3 and run.ranks[0]["dropped"] == 0
-    assert "zeroStage 0 with BF16 runs as DeepSpeed's stage 1" in machine.log
+    assert "engine: DeepSpeed, ZeRO stage 0, optimizer AdamW" in machine.log
     wandb_name(run, "lora-r8")
 
 
