@@ -120,35 +120,16 @@ lora_group_backward = torch.library.custom_op("finetune::lora_group_backward", _
 
 
 @lora_group.register_fake
-def _(
-    x: torch.Tensor,
-    weights: Tensors,
-    biases: Tensors,
-    a: Tensors,
-    b: Tensors,
-    scales: list[float],
-    packing: Tensors,
-    block: int,
-    outer_block: int,
-) -> Tensors:
+def _(x: torch.Tensor, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, *_others: Any) -> Tensors:
     outputs = [x.new_empty(x.shape[0], update.shape[0]) for update in b]
     return [*outputs, x.new_empty(x.shape[0], sum(m.shape[0] for m in a))]
 
 
 @lora_group_backward.register_fake
 def _(
-    grads: Tensors,
-    x: torch.Tensor,
-    inner: torch.Tensor,
-    weights: Tensors,
-    a: Tensors,
-    b: Tensors,
-    scales: list[float],
-    packing: Tensors,
-    block: int,
-    outer_block: int,
-    need_x: bool,
+    grads: Tensors, x: torch.Tensor, inner: torch.Tensor, weights: Tensors, a: Tensors, b: Tensors, *others: Any
 ) -> Tensors:
+    need_x = others[-1]
     first = torch.empty_like(x) if need_x else x.new_empty(0)
     return [first, *(torch.empty_like(m) for m in a), *(torch.empty_like(m) for m in b)]
 

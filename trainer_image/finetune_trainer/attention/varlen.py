@@ -63,15 +63,7 @@ def _attention(
 
 
 @_attention.register_fake
-def _(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
-    scale: float,
-    window: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(query: torch.Tensor, *_others: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return torch.empty_like(query), query.new_empty((query.shape[1], query.shape[0]), dtype=torch.float32)
 
 
@@ -114,16 +106,7 @@ def _attention_backward(
 
 @_attention_backward.register_fake
 def _(
-    grad: torch.Tensor,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    boundaries: torch.Tensor,
-    longest: int,
-    scale: float,
-    window: int,
+    grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
 
