@@ -61,7 +61,10 @@ def start_process(command: list[str], environment: Mapping[str, str], log: Path,
 
 
 def _end_with_parent() -> None:
-    """Should this process be killed, the trainer saves a checkpoint and leaves."""
+    """Should this process be killed, the trainer saves a checkpoint and leaves.
+
+    The kernel signals at every change of parent, so once or more: a dying process' threads hand the child on to each other.
+    """
     _libc.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
