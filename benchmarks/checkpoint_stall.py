@@ -19,9 +19,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.jobs import SHAPES, Done, lora, run_job, write_chats, write_model
+from benchmarks.jobs import SHAPES, Done, run_job, write_chats, write_model
+from benchmarks.throughput import FULL, lora
 
-METHODS: dict[str, dict[str, Any]] = {"lora": lora(16), "full": {"method": "Full", "adapter": None}}
+METHODS: dict[str, dict[str, Any]] = {"lora": lora(16), "full": FULL}
 CASES = [f"{shape}-{method}" for shape in SHAPES for method in METHODS]
 NUM_CHECKPOINTS = 2
 """On the way; one more is written at the end."""
@@ -54,23 +55,19 @@ def _case(root: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
     shape, _, method = case.rpartition("-")
     model = write_model(root / "model", shape)
     train = write_chats(root / "train.jsonl", options.length)
-
-    def run(name: str, every: int, total: int, *, background: bool) -> Done:
-        changes = {
-            **METHODS[method],
-            "cacheDir": str(root / "cache"),
-            "training__maxSteps": total,
-            "checkpoint__everySteps": every,
-            "checkpoint__background": background,
-            "checkpoint__keep": 1,
-            "training__compile": shape != "tiny",
-        }
-        return run_job(root / name, model, train, options.length, changes)
-
     every = options.every
+    changes = {
+        **METHODS[method],
+        "cacheDir": str(root / "cache"),
+        "training__maxSteps": every * (NUM_CHECKPOINTS + 1),
+        "checkpoint__everySteps": every,
+        "checkpoint__keep": 1,
+        "training__compile": shape != "tiny",
+    }
     result: dict[str, Any] = {"every_steps": every}
     for name, background in (("background", True), ("waited_for", False)):
-        done = run(name, every, every * (NUM_CHECKPOINTS + 1), background=background)
+        own = {**changes, "checkpoint__background": background}
+        done = run_job(root / name, model, train, options.length, own)
         result[name] = _told(done, every, background=background)
     result["checkpoint_bytes"] = _size(root / "background" / "checkpoints")
     return result

@@ -86,11 +86,6 @@ def write_chats(file: Path, length: int) -> Path:
     return tiny.write_jsonl(file, tiny.chats(max(64, length // 4), seed=1))
 
 
-def lora(rank: int) -> dict[str, Any]:
-    """Changes of the launch file."""
-    return {"adapter__rank": rank, "adapter__alpha": 2 * rank}
-
-
 def write_model(folder: Path, shape: str) -> Path:
     """Writes a Llama of a shape with a small tokenizer; all matrices repeat the same random values."""
     from transformers import LlamaConfig, LlamaForCausalLM

@@ -19,7 +19,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.jobs import SHAPES, Done, compile_bytecode, forget_pages, lora, run_job, write_chats, write_model
+from benchmarks.jobs import SHAPES, Done, compile_bytecode, forget_pages, run_job, write_chats, write_model
+from benchmarks.throughput import lora
 
 RUNS: dict[str, dict[str, Any]] = {"cold": {}, "warm": {}, "warm, not compiled": {"training__compile": False}}
 STEPS = 3

@@ -49,8 +49,8 @@ FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 
 
 def lora(rank: int) -> dict[str, Any]:
-    shape = {"rank": rank, "alpha": 2 * rank, "dropout": 0.0, "targetModules": ["All"]}
-    return {"adapter": {**shape, "variant": "LoRA", "loraPlusRatio": None}}
+    """Changes of the launch file."""
+    return {"adapter__rank": rank, "adapter__alpha": 2 * rank}
 
 
 QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
@@ -315,8 +315,6 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
 
     folder = Path(spec.model.source.path)
     transformers.LlamaConfig(**shape).save_pretrained(folder)  # what kind of model it is stands there
-    for name in ("tokenizer.json", "model.safetensors"):
-        (folder / name).touch()
     transformers.AutoModelForCausalLM.from_pretrained = without_files
     if bare:
         ds.build_engine = Bare

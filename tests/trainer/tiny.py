@@ -35,26 +35,29 @@ def make_tokenizer(template: str | None = CHATML, *more: str) -> Any:
 def make_model(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tied: bool = True) -> Path:
     """Saves a random Llama of about 0.1 M parameters with its tokenizer."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import LlamaForCausalLM
 
     tokenizer = make_tokenizer()
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        tie_word_embeddings=tied,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    config = _llama_config(tokenizer, num_hidden_layers=layers, tie_word_embeddings=tied)
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(getattr(torch, dtype)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def _llama_config(tokenizer: Any, **others: Any) -> Any:
+    from transformers import LlamaConfig
+
+    sizes = {
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 128,
+    }
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **ids, **others})
 
 
 def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: int = 256, siglip: bool = False) -> Path:
@@ -66,7 +69,6 @@ def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: in
     from transformers import (
         CLIPImageProcessorPil,
         CLIPVisionConfig,
-        LlamaConfig,
         LlavaConfig,
         LlavaForConditionalGeneration,
         LlavaProcessor,
@@ -74,18 +76,7 @@ def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: in
     )
 
     tokenizer = make_tokenizer(template, "<image>")
-    text = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=max_positions,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
+    text = _llama_config(tokenizer, max_position_embeddings=max_positions)
     tower = (SiglipVisionConfig if siglip else CLIPVisionConfig)(
         hidden_size=48, intermediate_size=96, num_hidden_layers=3, num_attention_heads=3, image_size=64, patch_size=16
     )

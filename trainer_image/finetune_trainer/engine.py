@@ -26,7 +26,12 @@ def zero_stage(spec: LaunchSpec) -> int:
     float32. Stage 1 is therefore run for stage 0 with bf16: on one rank the two are the same, on several it uses less memory.
     """
     stage = int(spec.deepspeed.zero_stage)
-    return max(stage, 1) if spec.training.precision is Precision.BF16 and not trains_masters(spec) else stage
+    return max(stage, 1) if copies_masters(spec) else stage
+
+
+def copies_masters(spec: LaunchSpec) -> bool:
+    """Whether DeepSpeed keeps float32 masters of weights that are trained in bf16."""
+    return spec.training.precision is Precision.BF16 and not trains_masters(spec)
 
 
 def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
@@ -55,7 +60,7 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
-    if training.precision is Precision.BF16 and not trains_masters(spec):
+    if copies_masters(spec):
         config["bf16"] = {"enabled": True}
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif training.precision is Precision.PURE_BF16 and stage > 0:

@@ -105,6 +105,14 @@ class FusedHead:
         """Makes the head an ordinary one again."""
         del self._head.forward
 
+    def by_liger(self, tensor: torch.Tensor) -> bool:
+        """Whether Liger's kernel computes losses where a tensor is.
+
+        Not under a head that is trained: Liger adds to its gradient for every few rows, with a vocabulary of 128,256 32 times a
+        step, 6 % of a step of 8B.
+        """
+        return self._liger and tensor.is_cuda and not self._head.weight.requires_grad
+
     @contextmanager
     def computing(self, targets: torch.Tensor) -> Iterator["FusedHead"]:
         """Within it the head returns the sum of losses, shaped (1, 1, 1), in place of logits."""
@@ -120,8 +128,7 @@ class FusedHead:
         if not torch.is_grad_enabled():
             self.measured = self._measure(hidden.flatten(0, 1), self._targets.flatten())
             return self.measured[0].view(1, 1, 1)
-        # Liger adds to the head's gradient for every few rows: 32 times a step with 128,256 tokens, 6 % of a step of 8B.
-        if self._liger and hidden.is_cuda and not self._head.weight.requires_grad:
+        if self.by_liger(hidden):
             from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
             loss = liger_fused_linear_cross_entropy(
@@ -167,8 +174,7 @@ def install(
         fused.remove()
         log.info("cross-entropy: from all logits (%s changes them after its head)", type(causal_lm).__name__)
         return None
-    by_liger = liger and targets.is_cuda and not head.weight.requires_grad
-    log.info("cross-entropy: %s", "Liger's fused kernel" if by_liger else "fused with the head")
+    log.info("cross-entropy: %s", "Liger's fused kernel" if fused.by_liger(targets) else "fused with the head")
     return fused
 
 

@@ -26,7 +26,8 @@ from finetune_api.spec import AdapterVariant, Method, Offload, Optimizer, Precis
 from finetune_trainer import vision
 from finetune_trainer.adapters import trains_masters
 from finetune_trainer.config import combination
-from finetune_trainer.engine import zero_stage
+from finetune_trainer.container import memory_limit
+from finetune_trainer.engine import copies_masters, zero_stage
 from finetune_trainer.errors import ConfigError
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -83,13 +84,12 @@ def shapes_of_config(folder: Path) -> dict[str, tuple[int, ...]]:
 
     Empty where transformers cannot do that; what is wrong is told when the model is loaded.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
 
     try:
         config = AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        kind = AutoModelForImageTextToText if vision.sees(config.to_dict()) else AutoModelForCausalLM
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = vision.model_class(config.to_dict()).from_config(config)
     except Exception as error:  # whatever a configuration makes of it
         log.info("memory: not known before the download (%s: %s)", type(error).__name__, str(error).split("\n")[0])
         return {}
@@ -149,7 +149,7 @@ def needed(shapes: Shapes, spec: LaunchSpec) -> Needed:
     if spec.adapter is not None:
         weights += (4 if masters else size) * trained
     gradients = float((4 if masters else size) * trained)
-    master = 4 if precision is Precision.BF16 and not masters else 0
+    master = 4 if copies_masters(spec) else 0
     state = 2 if precision is Precision.PURE_BF16 else 4
     optimizer = trained * (master + _MOMENTS.get(spec.training.optimizer, 0.0) * state)
     optimizer /= ranks if zero_stage(spec) >= 1 else 1
@@ -306,11 +306,5 @@ def check_memory(shapes: Shapes, spec: LaunchSpec, device: torch.device) -> None
 
 def host_memory() -> int:
     """Bytes that this container may use: its limit, or the machine's memory."""
-    found = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        try:
-            text = Path(name).read_text(encoding="utf-8").strip()
-        except OSError:
-            continue
-        found += [int(text)] if text.isdigit() else []  # `max`: no limit
-    return min(found)
+    machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return min(machine, memory_limit() or machine)

@@ -97,7 +97,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     """
     import torch
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers import AutoConfig
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
@@ -107,17 +107,15 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
 
         keep_alive = HfDeepSpeedConfig(deepspeed_config)  # from_pretrained looks for it
     dtype = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
-    sees = vision.sees(check_model_folder(path, spec.model.uri))
     placed: dict[str, Any] = {}
-    if spec.deepspeed.zero_stage < 3 and torch.cuda.is_available():
-        placed = {"device_map": device_map()}
-    if spec.quantization is not None:
-        placed = {
-            "quantization_config": quantization_config(spec.quantization, spec, sees=sees),
-            "device_map": device_map(),
-        }
+    if spec.quantization is not None or (spec.deepspeed.zero_stage < 3 and torch.cuda.is_available()):
+        placed["device_map"] = device_map()
     try:
-        model = (AutoModelForImageTextToText if sees else AutoModelForCausalLM).from_pretrained(
+        config = AutoConfig.from_pretrained(str(path), local_files_only=True).to_dict()
+        sees = vision.sees(config)
+        if spec.quantization is not None:
+            placed["quantization_config"] = quantization_config(spec.quantization, spec, sees=sees)
+        model = vision.model_class(config).from_pretrained(
             str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **placed
         )
     except (OSError, ValueError, SafetensorError) as error:

@@ -7,6 +7,8 @@ import contextlib
 import threading
 from pathlib import Path
 
+from finetune_trainer.container import memory_limit
+
 BLOCK_BYTES = 1 << 25
 NUM_THREADS = 4
 """A network volume answers several requests at once."""
@@ -44,7 +46,4 @@ def _free_memory() -> int:
     """Bytes that this container could use beside what is used for good; of a cgroup the whole limit is taken."""
     values = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
     free = int(values["MemAvailable"].split()[0]) * 1024
-    for name in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
-        with contextlib.suppress(OSError, ValueError):  # `max` is no number
-            free = min(free, int(Path(name).read_text(encoding="utf-8")))
-    return free
+    return min(free, memory_limit() or free)

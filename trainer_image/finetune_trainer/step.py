@@ -108,9 +108,14 @@ def micro_batches(
 
 def own_rows(batch_rows: Sequence[int | None], world: World, micro_batch_size: int) -> Iterator[Sequence[int | None]]:
     """This rank's part of a step's rows, micro-batch after micro-batch."""
-    share = len(batch_rows) // world.size
-    first = world.rank * share
-    return (batch_rows[at : at + micro_batch_size] for at in range(first, first + share, micro_batch_size))
+    positions = _own_positions(len(batch_rows), world, micro_batch_size)
+    return (batch_rows[at : at + micro_batch_size] for at in positions)
+
+
+def _own_positions(num_rows: int, world: World, micro_batch_size: int) -> range:
+    """Where this rank's micro-batches begin in a step's rows."""
+    share = num_rows // world.size
+    return range(world.rank * share, (world.rank + 1) * share, micro_batch_size)
 
 
 def train_step(
@@ -142,21 +147,20 @@ def train_step(
         beat: sign of life, called for each micro-batch.
         batches: builds micro-batches ahead, from step to step; its plan has come to this step.
     """
-    share = len(batch_rows) // world.size
-    first = world.rank * share
+    positions = _own_positions(len(batch_rows), world, micro_batch_size)
     batches = batches or micro_batches(engine, rows, world.device, own_rows(batch_rows, world, micro_batch_size))
     # DeepSpeed averages gradients over ranks; the factor `world.size` turns its mean into a sum.
     scale = world.size / max(1, rows.targets_in(batch_rows))
     num_samples, num_tokens, wait = 0, 0, 0.0
     losses = []
-    for at in range(first, first + share, micro_batch_size):
+    for at in positions:
         started = time.perf_counter()
         batch = batches.take()
         wait += time.perf_counter() - started
         torch.manual_seed(hash64(seed, step, at))  # dropout depends on the rows, not on the rank that has them
         loss = loss_of(engine, batch.inputs.to(world.device))
         engine.backward(loss * scale, scale_wrt_gas=False)
-        if at + micro_batch_size < first + share:
+        if at != positions[-1]:
             engine.step()  # only counts the micro-batch
         else:
             grad_norm = ds.step(engine, max_grad_norm)

@@ -35,6 +35,13 @@ def sees(config: dict[str, Any]) -> bool:
     return config.get("model_type") == "llava"
 
 
+def model_class(config: dict[str, Any]) -> Any:
+    """The class of transformers that makes or loads a model with this config.json."""
+    from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
+
+    return AutoModelForImageTextToText if sees(config) else AutoModelForCausalLM
+
+
 def trained_parts(vision: LaunchVision) -> dict[str | None, bool]:
     """Whether each part is trained whole."""
     return {TOWER: not vision.freeze_tower, PROJECTOR: vision.projector_learning_rate is not None}
