@@ -191,9 +191,18 @@ class LaunchTensorBoard(ApiModel):
     """Belongs to this job alone."""
 
 
+class LaunchProfiler(ApiModel):
+    dir: str
+    """Belongs to this job alone."""
+    wait: int
+    warmup: int
+    active: int
+
+
 class LaunchTracking(ApiModel):
     wandb: LaunchWandb | None
     tensor_board: LaunchTensorBoard | None
+    profiler: LaunchProfiler | None
 
 
 class LaunchBenchmark(ApiModel):

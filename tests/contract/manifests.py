@@ -236,6 +236,12 @@ BAD: dict[str, Bad] = {
     "event files inside the output": Bad(
         "spec.tracking.tensorBoard.uri", "pvc://finetune/out/runs", ("`tracking.tensorBoard.uri` must not be inside",)
     ),
+    "traces inside the output": Bad(
+        "spec.tracking.profiler.uri", "pvc://finetune/out/traces", ("`tracking.profiler.uri` must not be inside",)
+    ),
+    "a profile of no step": Bad(
+        "spec.tracking.profiler", {"uri": "pvc://traces", "active": 0}, ("spec.tracking.profiler.active", "equal to 1")
+    ),
     "deadline 0": Bad("spec.activeDeadlineSeconds", 0, ("spec.activeDeadlineSeconds", "greater than or equal to 1")),
     "negative TTL": Bad(
         "spec.ttlSecondsAfterFinished", -1, ("spec.ttlSecondsAfterFinished", "greater than or equal to 0")

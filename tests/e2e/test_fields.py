@@ -42,7 +42,11 @@ QLORA: dict[str, Any] = {
         "evalEverySteps": 3,
     },
     "evaluation": {"metric": "EvalLoss", "exportBest": True, "generation": {"maxNewTokens": 8}},
-    "tracking": {"tensorBoard": {"uri": f"pvc://{CLAIM}/outputs/boards"}, "wandb": {"project": "tests"}},
+    "tracking": {
+        "tensorBoard": {"uri": f"pvc://{CLAIM}/outputs/boards"},
+        "wandb": {"project": "tests"},
+        "profiler": {"uri": f"pvc://{CLAIM}/outputs/traces", "wait": 3, "active": 1},
+    },
     "trainer": {"env": [{"name": "WANDB_MODE", "value": "offline"}]},
     "checkpoint": {"everySteps": 2, "background": True},
 }
@@ -120,6 +124,8 @@ def test_qlora_with_a_benchmark_and_trackers(cluster: Cluster, jobs: dict[str, J
     assert config["use_dora"] is True
     boards = cluster.kubectl.exec(TOOLBOX, "sh", "-c", "ls /mnt/outputs/boards/*")
     assert "events.out.tfevents" in boards
+    traces = cluster.kubectl.exec(TOOLBOX, "sh", "-c", "ls /mnt/outputs/traces/*/attempt-1")
+    assert traces.split() == ["rank-00000.json.gz"]
 
 
 def test_frozen_layers_stay_and_the_output_has_shards(cluster: Cluster, jobs: dict[str, Job]) -> None:

@@ -96,7 +96,7 @@ def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = Non
         "quantization": None,
         "vision": None,
         "output": {"mergeAdapter": False, "maxShardBytes": 5_000_000_000},
-        "tracking": {"wandb": None, "tensorBoard": None},
+        "tracking": {"wandb": None, "tensorBoard": None, "profiler": None},
         "benchmarks": [],
         "generation": {
             "samples": 1,

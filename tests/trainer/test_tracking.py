@@ -1,5 +1,6 @@
 """Trackers: real clients in real runs, and that no tracker whatever it does is noticed by training."""
 
+import gzip
 import json
 import logging
 import struct
@@ -95,7 +96,7 @@ def test_a_killed_and_resumed_run_is_one_run_in_both_trackers(
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(folder))
     wandb = {"project": "tunes", "entity": "team", "runName": "tiny", "tokenFile": str(key)}
-    tracking = {"wandb": wandb, "tensorBoard": {"dir": str(tmp_path / "events" / "tiny")}}
+    tracking = {"wandb": wandb, "tensorBoard": {"dir": str(tmp_path / "events" / "tiny")}, "profiler": None}
     # Step 40 waits for the checkpoint of step 20, which is held: the rank lives until the client has started.
     monkeypatch.setenv("TEST_HOOK", "tests.trainer.volume_hook")
     monkeypatch.setenv("TEST_HOLD", str(tmp_path))
@@ -157,7 +158,9 @@ def test_trackers_that_cannot_work_change_nothing(
     key.write_text(SECRET)
     (tmp_path / "file").write_text("")
     wandb = {"project": "tunes", "entity": None, "runName": "tiny", "tokenFile": str(key)}
-    tracking = {"wandb": wandb, "tensorBoard": {"dir": str(tmp_path / "file" / "events")}}
+    nowhere = str(tmp_path / "file" / "events")
+    profiler = {"dir": nowhere, "wait": 1, "warmup": 0, "active": 1}
+    tracking = {"wandb": wandb, "tensorBoard": {"dir": nowhere}, "profiler": profiler}
     plain = start(tmp_path / "plain")
     tracked = start(tmp_path / "tracked", tracking=tracking)
     done = tracked.wait_for(lambda state: state.activity == "Done")
@@ -168,7 +171,27 @@ def test_trackers_that_cannot_work_change_nothing(
     assert weights(tmp_path / "tracked") == weights(tmp_path / "plain")
     assert tracked.log.count("tracking.wandb: ") == 1 and tracked.log.count("tracking.tensorBoard: ") == 2
     assert "tracking.tensorBoard: 9 points were lost" in tracked.log, "six steps, two evaluations, the base's"
+    assert tracked.log.count("tracking.profiler: ") == 1
     assert wandb_is_gone(done.pid)
+
+
+def test_a_profile_has_the_steps_asked_for_and_changes_nothing(start: StartPod, tmp_path: Path) -> None:
+    profiler = {"dir": str(tmp_path / "traces"), "wait": 1, "warmup": 1, "active": 2}
+    profiled = start(
+        tmp_path / "profiled", tracking={"wandb": None, "tensorBoard": None, "profiler": profiler}, numProcPerNode=2
+    )
+    plain = start(tmp_path / "plain", numProcPerNode=2)
+    profiled.done()
+    plain.done()
+    assert weights(tmp_path / "profiled") == weights(tmp_path / "plain")
+    for rank in range(2):
+        with gzip.open(tmp_path / "traces" / "attempt-1" / f"rank-0000{rank}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert {name for name in names if name and name.startswith("ProfilerStep")} == {
+            "ProfilerStep#2",
+            "ProfilerStep#3",
+        }
+        assert "aten::mm" in names
 
 
 class Fake:

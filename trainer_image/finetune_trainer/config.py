@@ -98,9 +98,10 @@ def _check_data(spec: LaunchSpec) -> None:
 def _check_output(spec: LaunchSpec) -> None:
     if spec.output.merge_adapter and spec.method != "LoRA":
         raise ConfigError("output.mergeAdapter: is only for method LoRA")
-    board = spec.tracking.tensor_board
-    if board is not None and Path(board.dir).is_relative_to(spec.output_dir):
-        raise ConfigError(f"tracking.tensorBoard.uri: must not be inside output.uri ({spec.output_dir})")
+    trackers = {"tensorBoard": spec.tracking.tensor_board, "profiler": spec.tracking.profiler}
+    for name, tracker in trackers.items():
+        if tracker is not None and Path(tracker.dir).is_relative_to(spec.output_dir):
+            raise ConfigError(f"tracking.{name}.uri: must not be inside output.uri ({spec.output_dir})")
 
 
 def _check_evaluation(spec: LaunchSpec) -> None:

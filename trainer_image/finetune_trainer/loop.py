@@ -22,6 +22,7 @@ from finetune_trainer.evaluation.best import best_step, evaluations_without_impr
 from finetune_trainer.journal import Journal
 from finetune_trainer.manifest import Progress
 from finetune_trainer.prefetch import Prefetcher
+from finetune_trainer.profiler import StepProfiler
 from finetune_trainer.schedule import learning_rate
 from finetune_trainer.startup import Startup
 from finetune_trainer.state import StateWriter
@@ -68,6 +69,7 @@ class Training:
     device_facts: DeviceFacts
     startup: Startup
     tracking: Tracking
+    profiler: StepProfiler
     step_seconds: float | None = None
     logged_at: float = 0.0
     batches: Prefetcher[Prepared] | None = None
@@ -98,6 +100,7 @@ class Training:
             result = self._step(step)
             self.startup.stepped()
             self._report(result, time.perf_counter() - started)
+            self.profiler.step()
             self._note_saved()
             if result.stop:
                 self._leave()
@@ -107,6 +110,7 @@ class Training:
             due = step % self.spec.checkpoint.every_steps == 0 or step == total
             if due or is_best or self._stopped_early():
                 self._save()
+        self.profiler.finish()
         self._finish_save()
 
     def choose_result(self) -> int:

@@ -249,6 +249,7 @@ def prepare_training(
     from finetune_trainer.device import DeviceFacts
     from finetune_trainer.journal import Journal
     from finetune_trainer.loop import Training
+    from finetune_trainer.profiler import StepProfiler
 
     root = Path(spec.checkpoint.dir)
     print_of_run = fingerprint(spec, model_revision=sources.model_revision, train_digest=data.train_digest)
@@ -283,6 +284,7 @@ def prepare_training(
         stop_requested=stop_requested,
         device_facts=DeviceFacts(world.device),
         startup=startup,
+        profiler=StepProfiler(spec.tracking.profiler, spec.attempt, world.rank),
         tracking=start_tracking(spec, progress.step + 1 if resumed else 0, first=world.is_first),
     )
 

@@ -45,6 +45,15 @@ def _immutable(name: str) -> tuple[str, str]:
     )
 
 
+def _outside_output(tracker: str) -> tuple[str, str]:
+    uri = f"self.tracking.{tracker}.uri"
+    return (
+        f"!has(self.tracking) || !has(self.tracking.{tracker}) || !({uri} + '/')"
+        ".startsWith(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')",
+        f"`tracking.{tracker}.uri` must not be inside `output.uri`, which is replaced as a whole at the end",
+    )
+
+
 class FineTuneJobSpec(ApiModel):
     model_config = {
         "json_schema_extra": rules(
@@ -60,11 +69,7 @@ class FineTuneJobSpec(ApiModel):
             ),
             *combinations.cel_rules(),
             ("self.method == 'LoRA' || !self.output.mergeAdapter", "`output.mergeAdapter` is only for `method: LoRA`"),
-            (
-                "!has(self.tracking) || !has(self.tracking.tensorBoard) || !(self.tracking.tensorBoard.uri + '/')"
-                ".startsWith(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')",
-                "`tracking.tensorBoard.uri` must not be inside `output.uri`, which is replaced as a whole at the end",
-            ),
+            *map(_outside_output, ("tensorBoard", "profiler")),
             (
                 "self.training.globalBatchSize"
                 " % (self.training.microBatchSize * self.trainer.numNodes * self.trainer.numProcPerNode) == 0",

@@ -55,11 +55,24 @@ class TensorBoardSpec(ApiModel):
     """Folder in which each job gets one of its own for its event files."""
 
 
+class ProfilerSpec(ApiModel):
+    uri: VolumeUri
+    """Folder in which each job gets one of its own, with a folder for each attempt and a trace for each rank."""
+    wait: Annotated[int, Field(ge=0, le=1000000)] = 5
+    """Steps of an attempt before the profiler is started; compilation is among them."""
+    warmup: Annotated[int, Field(ge=0, le=100)] = 1
+    """Steps with the profiler on that are not kept."""
+    active: Annotated[int, Field(ge=1, le=100)] = 3
+    """Steps that are kept."""
+
+
 class TrackingSpec(ApiModel):
     wandb: WandbSpec | None = None
     """Weights & Biases."""
     tensor_board: TensorBoardSpec | None = None
     """TensorBoard event files."""
+    profiler: ProfilerSpec | None = None
+    """A trace of a few steps by PyTorch's profiler, for Perfetto, TensorBoard or Holistic Trace Analysis."""
 
 
 class CacheSpec(ApiModel):

@@ -15,6 +15,7 @@ from finetune_api.launch import (
     LaunchGeneration,
     LaunchModel,
     LaunchOutput,
+    LaunchProfiler,
     LaunchQuantization,
     LaunchSchedulerParameters,
     LaunchSelection,
@@ -292,12 +293,16 @@ def _output(output: OutputSpec) -> LaunchOutput:
 
 
 def _tracking_uris(spec: FineTuneJobSpec) -> list[str]:
-    board = spec.tracking.tensor_board if spec.tracking else None
-    return [board.uri] if board else []
+    tracking = spec.tracking or TrackingSpec()
+    return [tracker.uri for tracker in (tracking.tensor_board, tracking.profiler) if tracker is not None]
 
 
 def _tracking(tracking: TrackingSpec, job: FineTuneJob, mounts: Mounts) -> LaunchTracking:
-    wandb, board = tracking.wandb, tracking.tensor_board
+    wandb, board, profiler = tracking.wandb, tracking.tensor_board, tracking.profiler
+
+    def own(uri: str) -> str:
+        return local_path(child(uri, _own_folder(job)))
+
     return LaunchTracking(
         wandb=None
         if wandb is None
@@ -307,7 +312,10 @@ def _tracking(tracking: TrackingSpec, job: FineTuneJob, mounts: Mounts) -> Launc
             run_name=wandb.run_name or job.metadata.name,
             token_file=mounts.token_file(wandb.credentials_ref),
         ),
-        tensor_board=None if board is None else LaunchTensorBoard(dir=local_path(child(board.uri, _own_folder(job)))),
+        tensor_board=None if board is None else LaunchTensorBoard(dir=own(board.uri)),
+        profiler=None
+        if profiler is None
+        else LaunchProfiler(dir=own(profiler.uri), wait=profiler.wait, warmup=profiler.warmup, active=profiler.active),
     )
 
 

@@ -126,19 +126,28 @@ def test_the_image_of_the_first_attempt_is_kept() -> None:
 
 def test_tracking_gets_paths_and_a_mounted_secret() -> None:
     ref = {"name": "wandb", "key": "api"}
-    tracking = {"wandb": {"project": "p", "credentialsRef": ref}, "tensorBoard": {"uri": "pvc://boards/runs"}}
+    profiler = {"uri": "pvc://traces", "wait": 2}
+    tracking = {
+        "wandb": {"project": "p", "credentialsRef": ref},
+        "tensorBoard": {"uri": "pvc://boards/runs"},
+        "profiler": profiler,
+    }
     resolved = resolve(make_job(tracking=tracking), 1, CONFIG)
     wandb, board = resolved.launch.tracking.wandb, resolved.launch.tracking.tensor_board
     assert wandb is not None and board is not None
     assert (wandb.run_name, wandb.token_file) == ("tune", "/etc/finetune-secrets/0/token")
     assert [(s.secret, s.key, s.path) for s in resolved.mounts.secrets] == [("wandb", "api", wandb.token_file)]
     assert board.dir == "/mnt/pvc/boards/runs/tune-0123abcd"
-    assert {c.claim: c.read_only for c in resolved.mounts.claims}["boards"] is False
+    launched = resolved.launch.tracking.profiler
+    assert launched is not None
+    assert launched.to_wire() == {"dir": "/mnt/pvc/traces/tune-0123abcd", "wait": 2, "warmup": 1, "active": 3}
+    claims = {c.claim: c.read_only for c in resolved.mounts.claims}
+    assert claims["boards"] is False and claims["traces"] is False
 
 
 def test_tracking_is_off_by_default() -> None:
     resolved = resolve(make_job(), 1, CONFIG)
-    assert resolved.launch.tracking.wandb is None and resolved.launch.tracking.tensor_board is None
+    assert resolved.launch.tracking.to_wire() == {}
     assert resolved.mounts.secrets == ()
 
 
