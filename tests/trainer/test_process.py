@@ -2,18 +2,25 @@
 
 import json
 import os
+import re
+import signal
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
-from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, ProgressReport, TerminationReport
+from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, Activity, ProgressReport, TerminationReport
+from finetune_trainer import supervisor
 from finetune_trainer.errors import DataError, TrainerError, classify, error_of
+from finetune_trainer.files import write_atomic
 from finetune_trainer.gang import rank_environment
 from finetune_trainer.report import termination_report
+from finetune_trainer.state import StateWriter, state_path
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 
@@ -108,6 +115,39 @@ def test_an_error_of_one_rank_is_the_pods_report(start: StartPod, tmp_path: Path
     assert report.reason is Reason.DATA_ERROR and report.rank == 0
     assert report.message == f"{data}:4: the conversation is empty"
     assert "to_sample" in report.traceback
+
+
+@pytest.mark.parametrize(
+    ("limits", "limit"),
+    [({"hangTimeoutSeconds": 3}, 3), ({"communicationTimeoutSeconds": 3}, 3)],
+    ids=["seen-by-the-watch", "seen-by-its-peer"],
+)
+def test_the_rank_that_hangs_is_named_not_the_one_that_waits(
+    start: StartPod, limits: dict[str, int], limit: float
+) -> None:
+    pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=500, **limits)
+    state = pod.wait_for(lambda state: state.step >= 3, rank=1)
+    os.kill(state.pid, signal.SIGSTOP)
+    stopped = time.monotonic()
+    assert pod.wait() == FAILURES[Reason.HANG].exit_code
+    assert limit - 1 < time.monotonic() - stopped < limit + 3
+    report = TerminationReport.model_validate(pod.report)
+    assert report.reason is Reason.HANG and report.rank == 1
+    assert re.match(rf"no heartbeat for \d s while Training after step \d+ \(limit {limit} s\)", report.message)
+    with pytest.raises(ProcessLookupError):
+        os.kill(state.pid, 0)
+
+
+def test_the_watchdog_of_nccl_is_told_from_a_kill(tmp_path: Path) -> None:
+    spec = LaunchSpec.model_validate(jobs.launch(tmp_path, tmp_path, tmp_path, communicationTimeoutSeconds=5))
+    status = StateWriter(tmp_path, 0, 1)
+    status.beat(Activity.TRAINING)
+    _, killed = supervisor._cause(spec, 0, -signal.SIGABRT, tmp_path)
+    assert killed.reason is Reason.RANK_KILLED
+    status.state.heartbeat_monotonic -= 5
+    write_atomic(state_path(tmp_path, 0), json.dumps(asdict(status.state)).encode(), durable=False)
+    _, waited = supervisor._cause(spec, 0, -signal.SIGABRT, tmp_path)
+    assert waited.reason is Reason.COMMUNICATION_ERROR and "within 5 s" in waited.message
 
 
 WRONG_LAUNCH = {

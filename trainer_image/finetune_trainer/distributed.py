@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch._inductor.config  # `use_deterministic_algorithms` imports it anyway; here it counts as an import
 import torch.distributed as dist
+import torch.distributed.distributed_c10d as c10d
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 from finetune_api.launch import LaunchSpec
@@ -159,6 +160,13 @@ def connect(spec: LaunchSpec) -> World:
         store=PrefixStore("ours", store),
         control=control,
     )
+
+
+def limit_waits(spec: LaunchSpec) -> None:
+    """Makes the job's limit hold in all groups: DeepSpeed makes some of its own, with torch's default of 10 or 30 minutes."""
+    set_timeout = getattr(dist, "set_timeout", None) or c10d._set_pg_timeout  # its older name
+    for group in list(c10d._world.pg_map):
+        set_timeout(timedelta(seconds=spec.communication_timeout_seconds), group)
 
 
 def _device(local_rank: int) -> torch.device:

@@ -23,7 +23,7 @@ from finetune_trainer.data.order import RowOrder
 from finetune_trainer.data.report import log_reports, padding_share
 from finetune_trainer.data.store import TokenStore, read_meta
 from finetune_trainer.data.tokenize import Encoder
-from finetune_trainer.distributed import World
+from finetune_trainer.distributed import World, limit_waits
 from finetune_trainer.errors import StorageError
 from finetune_trainer.hub import config_ahead, go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
@@ -229,6 +229,7 @@ def build_engine(
     kernels.prepare(model, spec, world.device)
     world.wait_for_all("model loaded")
     engine = ds.build_engine(model, spec, config)
+    limit_waits(spec)
     kernels.finish(engine, spec, world.device)
     return engine
 

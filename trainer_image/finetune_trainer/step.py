@@ -144,7 +144,7 @@ def train_step(
         micro_batch_size: rows of one forward pass.
         max_grad_norm: 0 for no clipping.
         stop_requested: whether this pod was asked to leave.
-        beat: sign of life, called for each micro-batch.
+        beat: sign of life, called twice for each micro-batch.
         batches: builds micro-batches ahead, from step to step; its plan has come to this step.
     """
     positions = _own_positions(len(batch_rows), world, micro_batch_size)
@@ -159,6 +159,7 @@ def train_step(
         wait += time.perf_counter() - started
         torch.manual_seed(hash64(seed, step, at))  # dropout depends on the rows, not on the rank that has them
         loss = loss_of(engine, batch.inputs.to(world.device))
+        beat()  # before ranks wait for each other: one that hangs falls behind
         engine.backward(loss * scale, scale_wrt_gas=False)
         if at != positions[-1]:
             engine.step()  # only counts the micro-batch

@@ -92,7 +92,7 @@ def watch(spec: LaunchSpec, gang: Gang, scratch: Path, stop_requests: list[int])
     while True:
         exits = gang.exits()
         if any(exits.values()):
-            return _first_cause(gang, scratch)
+            return _first_cause(spec, gang, scratch)
         if len(exits) == len(gang.processes):
             return Outcome()
         if stop_requests and kill_at == float("inf"):
@@ -104,7 +104,7 @@ def watch(spec: LaunchSpec, gang: Gang, scratch: Path, stop_requests: list[int])
             gang.signal(signal.SIGTERM)
         if time.monotonic() > kill_at:
             return Outcome(Reason.TERMINATED, "asked to stop; the step or its checkpoint outlasted the grace period")
-        if hung := _hung(spec, gang, scratch):
+        if hung := _hung(gang, scratch, spec.hang_timeout_seconds):
             gang.signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
             time.sleep(STACK_DUMP_SECONDS)
             return hung
@@ -116,36 +116,48 @@ def _loading(gang: Gang, scratch: Path) -> bool:
     return any(state is None or state.activity == Activity.LOADING for state in states)
 
 
-def _hung(spec: LaunchSpec, gang: Gang, scratch: Path) -> Outcome | None:
-    now = time.monotonic()
-    states = [state for rank in gang.processes if (state := read_state(scratch, rank))]
-    late = [s for s in states if s.activity in WATCHED and now - s.heartbeat_monotonic > spec.hang_timeout_seconds]
+def _hung(gang: Gang, scratch: Path, limit: float) -> Outcome | None:
+    """The rank that has given no sign of life for so many seconds; of several the one that is furthest behind, for which the
+    others wait."""
+    exits = gang.exits()
+    states = [state for rank in gang.processes if rank not in exits and (state := read_state(scratch, rank))]
+    late = [state for state in states if state.activity in WATCHED and _silence(state) > limit]
     if not late:
         return None
-    first = min(late, key=lambda s: s.heartbeat_monotonic)
-    message = (
-        f"no heartbeat for {now - first.heartbeat_monotonic:.0f} s while {first.activity} after step {first.step} "
-        f"(limit {spec.hang_timeout_seconds} s)"
-    )
-    return Outcome(Reason.HANG, message, rank=first.rank)
+    first = min(late, key=lambda state: (state.step, state.heartbeat_monotonic))
+    silence = f"no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step}"
+    return Outcome(Reason.HANG, f"{silence} (limit {limit:.0f} s)", rank=first.rank)
 
 
-def _first_cause(gang: Gang, scratch: Path) -> Outcome:
-    """The cause among the ranks that ended: a lost peer makes the others fail too, and they may be faster to say so."""
+def _silence(state: RankState) -> float:
+    return time.monotonic() - state.heartbeat_monotonic
+
+
+def _first_cause(spec: LaunchSpec, gang: Gang, scratch: Path) -> Outcome:
+    """The cause among the ranks that ended: a lost peer makes the others fail too, and they may be faster to say so.
+
+    Where all that ended have only waited for too long, it is a rank that did not end.
+    """
     deadline = time.monotonic() + SETTLE_SECONDS
     while True:
-        causes = [_cause(rank, code, scratch) for rank, code in gang.exits().items() if code != 0]
+        causes = [_cause(spec, rank, code, scratch) for rank, code in gang.exits().items() if code != 0]
         firsts = [c for c in causes if c[1].reason is not Reason.COMMUNICATION_ERROR]
         if firsts or time.monotonic() > deadline:
-            return min(firsts or causes, key=lambda c: c[0])[1]
+            hung = None if firsts else _hung(gang, scratch, spec.communication_timeout_seconds - SETTLE_SECONDS)
+            return hung or min(firsts or causes, key=lambda c: c[0])[1]
         time.sleep(0.01)
 
 
-def _cause(rank: int, code: int, scratch: Path) -> tuple[float, Outcome]:
+def _cause(spec: LaunchSpec, rank: int, code: int, scratch: Path) -> tuple[float, Outcome]:
     """When and why one rank ended."""
     failure = read_failure(scratch, rank)
     if failure is not None:
         return failure.time, Outcome(failure.reason, failure.message, rank, failure.traceback)
+    state, limit = read_state(scratch, rank), spec.communication_timeout_seconds
+    if code == -signal.SIGABRT and state is not None and _silence(state) > limit - SETTLE_SECONDS:
+        # NCCL's watchdog aborts the process without a word to Python.
+        message = f"no answer from the other ranks within {limit} s"
+        return time.monotonic(), Outcome(Reason.COMMUNICATION_ERROR, message, rank)
     if code < 0:
         name = signal.Signals(-code).name
         return time.monotonic(), Outcome(Reason.RANK_KILLED, f"rank {rank} was killed by {name}{_oom_hint()}", rank)

@@ -27,6 +27,10 @@ class RecoverySpec(ApiModel):
     backoff_limit: Annotated[int, Field(ge=0, le=1000)] = 3
     """Restarts after failures of the job itself; more, and it is Failed. What the platform does (eviction, a lost node,
     preemption, suspension) is not counted."""
+    hang_timeout_seconds: Annotated[int, Field(ge=10, le=86400)] | None = None
+    """A rank that gives no sign of life for so long while it trains, evaluates or saves is hung, and the gang restarts. Longer
+    than the slowest step, and than the first one with its compilation. Absent: the operator's (`trainer.hangTimeoutSeconds` of
+    the chart)."""
 
 
 class OutputSpec(ApiModel):

@@ -115,7 +115,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         http_port=config.http_port,
         termination_grace_seconds=config.termination_grace_seconds,
         communication_timeout_seconds=config.communication_timeout_seconds,
-        hang_timeout_seconds=config.hang_timeout_seconds,
+        hang_timeout_seconds=spec.recovery.hang_timeout_seconds or config.hang_timeout_seconds,
         model=_model(spec.model, plan, mounts),
         train=[_dataset(dataset, mounts) for dataset in spec.datasets.train],
         evaluation=[_dataset(dataset, mounts) for dataset in spec.datasets.evaluation if dataset.benchmark is None],
