@@ -2,6 +2,8 @@
 
 import json
 import os
+import random
+import shutil
 import subprocess
 import sys
 import time
@@ -20,15 +22,17 @@ os.environ.setdefault("PYTHONPYCACHEPREFIX", str(Path.home() / ".cache" / "finet
 
 import torch  # noqa: E402
 
-from benchmarks.throughput import LLAMA_2_7B, TINY  # noqa: E402
+from benchmarks.throughput import LLAMA_2_7B, LLAMA_2_70B, LLAMA_3_8B, TINY  # noqa: E402
 from finetune_trainer.tensor_file import Kind, TensorFile  # noqa: E402
 from tests.trainer import tiny  # noqa: E402
 from tests.trainer.jobs import Pod, launch  # noqa: E402
 
 SHAPES: dict[str, dict[str, Any]] = {
     "7b": LLAMA_2_7B,
+    "8b": LLAMA_3_8B,
     "1.3b": {**LLAMA_2_7B, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 24,
              "num_attention_heads": 16, "num_key_value_heads": 16},
+    "70b": LLAMA_2_70B,
     "tiny": TINY,
 }  # fmt: skip
 SHARD_BYTES = 5_000_000_000
@@ -86,19 +90,36 @@ def write_chats(file: Path, length: int) -> Path:
     return tiny.write_jsonl(file, tiny.chats(max(64, length // 4), seed=1))
 
 
-def write_model(folder: Path, shape: str) -> Path:
-    """Writes a Llama of a shape with a small tokenizer; all matrices repeat the same random values."""
+def write_documents(file: Path, length: int) -> Path:
+    """Plain texts of a seventh of a length on average, some 64 rows full of them."""
+    rng = random.Random(1)
+    words = (rng.choices(tiny.WORDS, k=rng.randint(length // 28 + 1, length // 4)) for _ in range(64 * 7))
+    return tiny.write_jsonl(file, [{"text": " ".join(text)} for text in words])
+
+
+def write_model(folder: Path, shape: str, *, layers: int | None = None, spill: Path | None = None) -> Path:
+    """Writes a Llama of a shape with a small tokenizer; all matrices repeat the same random values.
+
+    Args:
+        folder: is made.
+        shape: a name of SHAPES.
+        layers: other than the shape has.
+        spill: a folder on another disk for the files that the first has no room for; links to them are in `folder`.
+    """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
     tokenizer = tiny.make_tokenizer()
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    config = LlamaConfig(**SHAPES[shape], **ids, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
+    config = LlamaConfig(**sizes, **ids, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     with torch.device("meta"):
         kinds = {n: Kind(torch.bfloat16, tuple(t.shape)) for n, t in LlamaForCausalLM(config).state_dict().items()}
     shards = _shards(kinds)
+    if spill is not None:
+        _link(folder, shards, spill)
     values = torch.empty(1 << 24, dtype=torch.bfloat16).normal_(0, STANDARD_DEVIATION)
     with ThreadPoolExecutor(len(shards)) as threads:
         list(threads.map(lambda shard: _write(folder / shard[0], shard[1], values), shards.items()))
@@ -125,6 +146,15 @@ def _shards(kinds: dict[str, Kind]) -> dict[str, dict[str, Kind]]:
             groups.append({})
         groups[-1][name] = kind
     return {f"model-{i + 1:05}-of-{len(groups):05}.safetensors": group for i, group in enumerate(groups)}
+
+
+def _link(folder: Path, shards: dict[str, dict[str, Kind]], spill: Path) -> None:
+    """Makes links to a folder elsewhere for the last files, if all of them would fill more than two thirds of what is free."""
+    room = shutil.disk_usage(folder).free * 2 // 3
+    for name, content in shards.items():
+        room -= sum(kind.size_bytes for kind in content.values())
+        if room < 0:
+            (folder / name).symlink_to(spill / name)
 
 
 def _write(file: Path, kinds: dict[str, Kind], values: torch.Tensor) -> None:

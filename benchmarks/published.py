@@ -29,10 +29,9 @@ PATHS = [str(ROOT), str(ROOT / "operator"), str(ROOT / "trainer_image")]
 sys.path[:0] = PATHS
 os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
 
+from benchmarks.throughput import LLAMA_2_70B  # noqa: E402
 from tests.trainer import published, tiny  # noqa: E402
 
-LLAMA_2_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_attention_heads": 64, "num_key_value_heads": 8,
-               "vocab_size": 32000, "max_position_embeddings": 4096}  # fmt: skip
 CODELLAMA_34B = {**LLAMA_2_70B, "intermediate_size": 22016, "max_position_embeddings": 16384}
 VICUNA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40,
               "vocab_size": 32064, "max_position_embeddings": 4096}  # fmt: skip

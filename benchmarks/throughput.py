@@ -41,6 +41,8 @@ LLAMA_2_7B = {"vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 110
 LLAMA_3_8B = {"vocab_size": 128256, "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
               "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 131072,
               "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}  # fmt: skip
+LLAMA_2_70B = {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80,
+               "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096}  # fmt: skip
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
 SHAPES = {"7b": LLAMA_2_7B, "8b": LLAMA_3_8B, "tiny": TINY}

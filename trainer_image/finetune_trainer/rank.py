@@ -19,6 +19,7 @@ from finetune_api.reasons import FAILURES
 from finetune_api.reports import TRACEBACK_LIMIT, Activity
 from finetune_trainer.config import read_launch
 from finetune_trainer.errors import TerminatedError, classify, short_traceback
+from finetune_trainer.hang import stack_path
 from finetune_trainer.logs import setup_logging
 from finetune_trainer.startup import Startup, wake_device
 from finetune_trainer.state import StateWriter
@@ -85,7 +86,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stack_path(scratch, rank).open("w"), all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives its supervisor
     setup_logging(rank)
     spec = read_launch(launch_file)

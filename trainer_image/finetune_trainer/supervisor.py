@@ -18,7 +18,7 @@ from pathlib import Path
 from finetune_api.launch import LaunchSpec, PathSource
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.reports import TRACEBACK_LIMIT, Activity
-from finetune_trainer import server
+from finetune_trainer import hang, server
 from finetune_trainer.config import read_launch
 from finetune_trainer.errors import TrainerError, classify, short_traceback
 from finetune_trainer.gang import Gang
@@ -30,7 +30,6 @@ from finetune_trainer.state import RankState, read_failure, read_state
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.3
 """A lost peer is noticed by the others within milliseconds: so long a better cause than `CommunicationError` is awaited."""
-STACK_DUMP_SECONDS = 1.0
 WATCHED = (Activity.TRAINING, Activity.EVALUATING, Activity.CHECKPOINTING)
 log = logging.getLogger("finetune_trainer")
 
@@ -104,9 +103,7 @@ def watch(spec: LaunchSpec, gang: Gang, scratch: Path, stop_requests: list[int])
             gang.signal(signal.SIGTERM)
         if time.monotonic() > kill_at:
             return Outcome(Reason.TERMINATED, "asked to stop; the step or its checkpoint outlasted the grace period")
-        if hung := _hung(gang, scratch, spec.hang_timeout_seconds):
-            gang.signal(signal.SIGUSR1)  # faulthandler writes every thread's stack to the log
-            time.sleep(STACK_DUMP_SECONDS)
+        if hung := _hung(spec, gang, scratch, spec.hang_timeout_seconds):
             return hung
         time.sleep(POLL_SECONDS)
 
@@ -116,17 +113,25 @@ def _loading(gang: Gang, scratch: Path) -> bool:
     return any(state is None or state.activity == Activity.LOADING for state in states)
 
 
-def _hung(gang: Gang, scratch: Path, limit: float) -> Outcome | None:
-    """The rank that has given no sign of life for so many seconds; of several the one that is furthest behind, for which the
-    others wait."""
+def _hung(spec: LaunchSpec, gang: Gang, scratch: Path, limit: float) -> Outcome | None:
+    """What is to be said if a rank has given no sign of life for so many seconds; the stacks of all are then in the log."""
     exits = gang.exits()
     states = [state for rank in gang.processes if rank not in exits and (state := read_state(scratch, rank))]
-    late = [state for state in states if state.activity in WATCHED and _silence(state) > limit]
-    if not late:
+    watched = [state for state in states if state.activity in WATCHED]
+    if not any(_silence(state) > limit for state in watched):
         return None
-    first = min(late, key=lambda state: (state.step, state.heartbeat_monotonic))
-    silence = f"no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step}"
-    return Outcome(Reason.HANG, f"{silence} (limit {limit:.0f} s)", rank=first.rank)
+    stacks = hang.ask_for_stacks(gang, scratch)
+    for rank, text in stacks.items():
+        log.error("stacks of rank %d:\n%s", rank, text or "it does not answer")
+    first = hang.culprit([state for state in watched if _silence(state) > limit / 2], stacks)
+    found = stacks.get(first.rank, "")
+    silence = (
+        f"no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step} (limit {limit:.0f} s)"
+    )
+    if spec.num_nodes > 1 and hang.waits(found):
+        return Outcome(Reason.COMMUNICATION_ERROR, f"all ranks of this pod wait for other pods: {silence}", first.rank)
+    hint = "" if found else "; it answers no signal: stopped, or stuck in the kernel"
+    return Outcome(Reason.HANG, silence + hint, first.rank, hang.main_thread(found)[:TRACEBACK_LIMIT])
 
 
 def _silence(state: RankState) -> float:
@@ -143,7 +148,7 @@ def _first_cause(spec: LaunchSpec, gang: Gang, scratch: Path) -> Outcome:
         causes = [_cause(spec, rank, code, scratch) for rank, code in gang.exits().items() if code != 0]
         firsts = [c for c in causes if c[1].reason is not Reason.COMMUNICATION_ERROR]
         if firsts or time.monotonic() > deadline:
-            hung = None if firsts else _hung(gang, scratch, spec.communication_timeout_seconds - SETTLE_SECONDS)
+            hung = None if firsts else _hung(spec, gang, scratch, spec.communication_timeout_seconds - SETTLE_SECONDS)
             return hung or min(firsts or causes, key=lambda c: c[0])[1]
         time.sleep(0.01)
 

@@ -1,0 +1,233 @@
+"""What breaks a job on this machine's GPUs, how soon it is found and trains again, and whether the result is the same.
+
+    python benchmarks/disturbances.py [--shape 1.3b] [--ranks 2] [--stage 2] [--only rank-hung] [--json out.json]
+
+One job under `finetune run` (LoRA r16, BF16) is trained once undisturbed and then once for each disturbance:
+
+- rank-killed: SIGKILL to the last rank.
+- rank-hung: SIGSTOP to the last rank; `recovery.hangTimeoutSeconds` is `--hang`.
+- out-of-memory: another process takes what is free on every GPU, and a step later the last rank has a row that is much longer
+  than all before; only with GPUs.
+- interrupted: Ctrl-C, then the same command.
+- fewer-ranks: Ctrl-C, then the same command with half of the ranks.
+
+Seconds since the disturbance: `detected` when the supervisor has named the cause and ended all ranks, `training_again` when the
+first step of the next attempt is done. `identical` compares the exported weights' bytes with the undisturbed job's, and
+`loss_difference` is the largest relative difference of a step's loss from its journal. Exit status 1 if a cause is not the one
+that it should be, a rank is left, or weights differ where they must not.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+
+from benchmarks.jobs import SHAPES, tiny, write_model
+from benchmarks.local_job import LocalJob
+from finetune_trainer.data.order import RowOrder
+
+SEED = 42
+STEPS, BREAK_AT, LONG_AT, EVERY = 16, 7, 12, 5
+"""Of the job; where it is broken; the step with the long row; steps between checkpoints."""
+HOG = """
+import sys, torch
+held = []
+for device in range(torch.cuda.device_count()):
+    free, _ = torch.cuda.mem_get_info(device)
+    held.append(torch.empty(free - (256 << 20), dtype=torch.uint8, device=f"cuda:{device}"))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+"""Takes the GPUs' free memory, but for what a collective may still want, until its standard input is closed."""
+
+
+@dataclass(frozen=True)
+class Disturbance:
+    """Something that is done to a running job."""
+
+    act: Callable[[LocalJob], object]
+    reason: str
+    """That the first attempt has to end with."""
+
+
+def main() -> int:
+    """Runs the undisturbed job and the others."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model")
+    parser.add_argument("--ranks", type=int, default=2, help="GPUs")
+    parser.add_argument("--stage", type=int, default=2, help="ZeRO stage")
+    parser.add_argument("--length", type=int, default=2048, help="tokens of the long row; the others have a sixteenth")
+    parser.add_argument("--hang", type=int, default=15, help="recovery.hangTimeoutSeconds")
+    parser.add_argument("--only", action="append", help="one of the disturbances; repeat for several")
+    parser.add_argument("--folder", type=Path, help="holds the model and all else meanwhile; default: /tmp")
+    parser.add_argument("--json", type=Path, help="also write the result here")
+    options = parser.parse_args()
+    cuda = torch.cuda.is_available()
+    results: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "ranks": options.ranks}
+    with tempfile.TemporaryDirectory(prefix="disturbances-", dir=options.folder) as folder:
+        root = Path(folder)
+        write_model(root / "model", options.shape)
+        _write_rows(root / "train.jsonl", options)
+        unbroken = LocalJob(root / "unbroken", "unbroken", _spec(root, options, options.ranks))
+        unbroken.start()
+        status = unbroken.exit_status(400)
+        assert status == 0, f"{unbroken.said}\n{unbroken.log[-3000:]}"
+        runs: dict[str, Callable[[LocalJob], dict[str, Any]]] = {
+            **{name: (lambda job, d=d: _disturb(job, d)) for name, d in DISTURBANCES.items()},
+            "interrupted": lambda job: _interrupt(job, options.ranks),
+            "fewer-ranks": lambda job: _interrupt(job, options.ranks // 2),
+        }
+        for name, run in runs.items():
+            if (options.only and name not in options.only) or (name == "out-of-memory" and not cuda):
+                continue
+            job = LocalJob(root / name, name, _spec(root, options, options.ranks))
+            try:
+                results[name] = {**run(job), **_compared(job, unbroken)}
+            except (RuntimeError, AssertionError) as error:
+                job.end()
+                results[name] = {"error": str(error)}
+            print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
+            if options.json:
+                options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+    print(json.dumps(results, indent=1))
+    found = {name: value for name, value in results.items() if isinstance(value, dict)}
+    good = all(value.get("as_it_should_be") for value in found.values())
+    same = all(value.get("identical") for name, value in found.items() if name != "fewer-ranks")
+    return 0 if good and same else 1
+
+
+def _kill(job: LocalJob) -> None:
+    os.kill(job.states()[-1].pid, signal.SIGKILL)
+
+
+def _stop(job: LocalJob) -> None:
+    os.kill(job.states()[-1].pid, signal.SIGSTOP)
+
+
+def _take_memory(_job: LocalJob) -> "subprocess.Popen[str]":
+    hog = subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert hog.stdout is not None and hog.stdout.readline() == "ready\n"
+    return hog
+
+
+DISTURBANCES = {
+    "rank-killed": Disturbance(_kill, "RankKilled"),
+    "rank-hung": Disturbance(_stop, "Hang"),
+    "out-of-memory": Disturbance(_take_memory, "OutOfMemoryGPU"),
+}
+
+
+def _disturb(job: LocalJob, disturbance: Disturbance) -> dict[str, Any]:
+    """Breaks a job on its way and waits for its end."""
+    job.start()
+    job.wait(lambda: len(job.steps) >= BREAK_AT, 300, what=f"step {BREAK_AT}")
+    ranks = [state.pid for state in job.states()]
+    at = time.time()
+    helper = disturbance.act(job)
+    report = job.records / "attempt-1.report.json"
+    detected = job.wait(report.exists, 300, what="the end of the first attempt")
+    gone = job.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 30, what="the end of all ranks")
+    if isinstance(helper, subprocess.Popen):
+        at = report.stat().st_mtime  # the memory was taken some steps before it was needed
+        helper.communicate("")
+    again = job.wait(
+        lambda: any(step["attempt"] == 2 for step in job.steps), 300, what="the second attempt's first step"
+    )
+    status = job.exit_status(300)
+    first = job.status["attempts"][0]
+    told = json.loads(report.read_text(encoding="utf-8"))
+    return {
+        "as_it_should_be": status == 0 and first["reason"] == disturbance.reason and told["rank"] == len(ranks) - 1,
+        "reason": first["reason"],
+        "rank": told["rank"],
+        "message": told["message"],
+        "lost_steps": first.get("lostSteps"),
+        "detected_seconds": round(max(detected, gone) - at, 2),
+        "training_again_seconds": round(again - at, 2),
+    }
+
+
+def _interrupt(job: LocalJob, ranks: int) -> dict[str, Any]:
+    """Interrupts a job on its way and goes on with so many ranks."""
+    job.start()
+    job.wait(lambda: len(job.steps) >= BREAK_AT, 300, what=f"step {BREAK_AT}")
+    interrupted = job.interrupt()
+    at = time.time()
+    job.spec["trainer"] = {**job.spec["trainer"], "numProcPerNode": ranks}
+    job.start()
+    again = job.wait(
+        lambda: any(step["attempt"] == 2 for step in job.steps), 300, what="the second attempt's first step"
+    )
+    status = job.exit_status(300)
+    return {
+        "as_it_should_be": (interrupted, status) == (130, 0),
+        "ranks_then": ranks,
+        "message": job.status["message"],
+        "training_again_seconds": round(again - at, 2),
+    }
+
+
+def _compared(job: LocalJob, unbroken: LocalJob) -> dict[str, Any]:
+    """With the undisturbed job: exported bytes, and the losses of all steps, those that were done twice as well."""
+    expected = {step["step"]: step["loss"] for step in unbroken.steps}
+    difference = max(abs(step["loss"] / expected[step["step"]] - 1) for step in job.steps)
+    return {"identical": _digest(job) == _digest(unbroken), "loss_difference": difference}
+
+
+def _digest(job: LocalJob) -> str:
+    digest = hashlib.sha256()
+    for file in sorted((job.folder / "output").glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def _spec(root: Path, options: argparse.Namespace, ranks: int) -> dict[str, Any]:
+    return {
+        "model": {"uri": f"file://{root / 'model'}"},
+        "datasets": {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]},
+        "method": "LoRA",
+        "adapter": {"rank": 16, "alpha": 32},
+        "training": {
+            "maxLength": options.length,
+            "microBatchSize": 1,
+            "globalBatchSize": 2 * ranks,
+            "maxSteps": STEPS,
+            "learningRate": "1e-4",
+            "seed": SEED,
+        },
+        "deepspeed": {"zeroStage": options.stage},
+        "trainer": {
+            "numProcPerNode": ranks,
+            "resourcesPerNode": {"limits": {"cpu": str(os.cpu_count())}},
+        },
+        "recovery": {"hangTimeoutSeconds": options.hang},
+        "checkpoint": {"everySteps": EVERY},
+        "cache": {"uri": f"file://{root / 'cache'}"},
+    }
+
+
+def _write_rows(file: Path, options: argparse.Namespace) -> None:
+    """One row for each place of all steps; the long one comes to the last rank in the step `LONG_AT`."""
+    batch = 2 * options.ranks
+    order = RowOrder(STEPS * batch, SEED, batch, epochs=None, max_steps=STEPS)
+    long = order.rows(LONG_AT)[-1]
+    words = [options.length if row == long else options.length // 16 for row in range(STEPS * batch)]
+    texts = (" ".join(tiny.WORDS[(row + at) % len(tiny.WORDS)] for at in range(n)) for row, n in enumerate(words))
+    tiny.write_jsonl(file, [{"text": text} for text in texts])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
