@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from finetune_api.spec import EvaluationMetric
 from finetune_trainer import manifest as mf
-from finetune_trainer import optimizer_state
+from finetune_trainer import optimizer_state, reshard
 from finetune_trainer.claims import AttemptClaim
 from finetune_trainer.config import differences
 from finetune_trainer.distributed import World
@@ -121,7 +121,7 @@ class Checkpoints:
             Its progress; None if there is none to resume from.
 
         Raises:
-            ConfigError: the newest checkpoint is another run's.
+            ConfigError: the newest checkpoint is another run's, or cannot be resumed on this number of ranks.
             CheckpointCorruptError: there are checkpoints and none verifies.
         """
         found = self.world.together(lambda: self._candidates() if self.world.is_first else [])[0]
@@ -135,9 +135,18 @@ class Checkpoints:
             saved = mf.read_manifest(folder)
             if differs := differences(self.fingerprint, saved.fingerprint):
                 raise ConfigError(f"checkpoint.uri: {folder} is of another run: {'; '.join(differs[:5])}")
-            optimizer_state.restore(engine, load_file(folder / self._part(engine)))
-            log.info("resumed from %s", name)
-            return saved.progress
+            self._load(engine, folder, saved)
+            progress = saved.progress
+            if saved.world_size == self.world.size:
+                log.info("resumed from %s", name)
+            else:
+                said = (
+                    f"Resumed from {name} of {_ranks(saved.world_size)} on {_ranks(self.world.size)}: the same rows in the same "
+                    "order, sums in another order."
+                )
+                log.info("%s", said)
+                progress.note = f"{progress.note} {said}".strip()
+            return progress
         if found:
             raise CheckpointCorruptError(f"{self.root}: none of the {len(found)} checkpoints verifies; see the log")
         return None
@@ -152,10 +161,27 @@ class Checkpoints:
         problems = [problem for problem in self.world.together(lambda: self._verify(folder)) if problem]
         if problems:
             raise CheckpointCorruptError(f"{folder}, the best checkpoint, cannot be exported: {'; '.join(problems)}")
-        optimizer_state.restore(engine, load_file(folder / self._part(engine)))
+        self._load(engine, folder, mf.read_manifest(folder))
+
+    def _load(self, engine: Any, folder: Path, saved: Manifest) -> None:
+        """Puts a verified checkpoint's state back, whatever the number of ranks that wrote it."""
+        if saved.world_size == self.world.size or not is_partitioned(engine):
+            optimizer_state.restore(engine, load_file(folder / self._part(engine)))
+            return
+        parts = [folder / mf.part_file(rank) for rank in range(saved.world_size)]
+        sizes = [master.numel() for master in optimizer_state.masters(engine)]
+        try:
+            layout = optimizer_state.layout(engine)
+            tensors = reshard.read_part(parts, layout, sizes, self.world.rank, self.world.size)
+        except reshard.ReshardError as error:
+            raise ConfigError(
+                f"checkpoint.uri: {folder} is of {_ranks(saved.world_size)} and cannot be resumed on "
+                f"{_ranks(self.world.size)}: {error}; resume with {_ranks(saved.world_size)}"
+            ) from error
+        optimizer_state.restore(engine, tensors)
 
     def _part(self, engine: Any) -> str:
-        return f"rank-{self.world.rank if is_partitioned(engine) else 0:05d}.safetensors"
+        return mf.part_file(self.world.rank if is_partitioned(engine) else 0)
 
     def _stage(self, engine: Any, staged: dict[str, torch.Tensor]) -> None:
         if self.world.is_first or is_partitioned(engine):  # else every rank holds the same state
@@ -210,3 +236,7 @@ class Checkpoints:
         if self.claim is not None:
             self.claim.check()
             folder.rename(folder.with_name(folder.name + f".corrupt-{self.claim.attempt}"))
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'s' if number > 1 else ''}"

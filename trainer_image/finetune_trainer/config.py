@@ -15,6 +15,8 @@ from finetune_trainer.errors import ConfigError
 
 OWN_BLOCKS = {"adapter": ("LoRA", "QLoRA"), "freeze": ("Freeze",), "quantization": ("QLoRA",)}
 """Blocks that belong to some methods."""
+OF_RANKS = ("trainer.numNodes x numProcPerNode", "training.gradientAccumulationSteps")
+"""Entries of older checkpoints' fingerprints that follow from the number of ranks, which may change."""
 
 
 def read_launch(path: Path) -> LaunchSpec:
@@ -136,7 +138,7 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         train_digest: SHA-256 of the tokenised training data.
     """
     training = spec.training.to_wire()
-    for name in ("evalEverySteps", "loaderWorkers"):
+    for name in ("evalEverySteps", "gradientAccumulationSteps", "loaderWorkers"):
         training.pop(name, None)
     return {
         "model.uri": spec.model.uri,
@@ -150,11 +152,10 @@ def fingerprint(spec: LaunchSpec, *, model_revision: str | None, train_digest: s
         **{f"vision.{k}": v for k, v in (spec.vision.to_wire() if spec.vision else {}).items()},
         **{f"training.{k}": v for k, v in training.items()},
         **{f"deepspeed.{k}": v for k, v in spec.deepspeed.to_wire().items()},
-        "trainer.numNodes x numProcPerNode": spec.world_size,
     }
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
     """The entries in which two fingerprints differ, as `field: saved X, now Y`."""
-    keys = sorted(ours.keys() | theirs.keys())
+    keys = sorted((ours.keys() | theirs.keys()) - set(OF_RANKS))
     return [f"{k}: saved {theirs.get(k)!r}, now {ours.get(k)!r}" for k in keys if ours.get(k) != theirs.get(k)]

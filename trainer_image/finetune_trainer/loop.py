@@ -117,7 +117,7 @@ class Training:
         """Loads the best checkpoint if that is to be the result. Returns the step of what will be exported."""
         selection, step = self.spec.selection, self.progress.step
         best = best_step(self.progress.metrics, selection.metric)
-        notes = []
+        notes = [self.progress.note] if self.progress.note else []
         if step < self.order.total_steps:
             notes.append(
                 f"Stopped early after {step} of {self.order.total_steps} steps: {selection.metric} has not improved in "

@@ -27,6 +27,8 @@ class Progress:
     last_eval_step: int | None = None
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """Every evaluation so far, oldest first: `step` and `values`, a number for each metric's name."""
+    note: str = ""
+    """What people should know of how it came here, such as on other numbers of ranks."""
 
     def newest_metrics(self) -> dict[str, dict[str, float]]:
         """Of each metric its newest `value`, its first (`base`) and the newest one's `step`."""
@@ -78,6 +80,11 @@ def verify_file(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     if size != entry["size_bytes"]:
         return f"{name} has {size} bytes instead of {entry['size_bytes']}"
     return None if sha256_file(path) == entry["sha256"] else f"{name} has another SHA-256 than its manifest says"
+
+
+def part_file(rank: int) -> str:
+    """Name of the file with a rank's part of the state."""
+    return f"rank-{rank:05d}.safetensors"
 
 
 def step_folder(root: Path, step: int) -> Path:

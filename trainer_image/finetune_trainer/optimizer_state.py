@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from finetune_trainer.engine import base_optimizer, is_partitioned
+from finetune_trainer.reshard import MASTER, Layout, ReshardError
 
-MASTER = "master"
 STEP = "step"
 
 
@@ -26,6 +26,25 @@ def masters(engine: Any) -> list[torch.Tensor]:
         if partitions is not None:
             return list(partitions)
     return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def layout(engine: Any) -> Layout:
+    """How DeepSpeed's wrapper spreads what is trained over the ranks.
+
+    ZeRO 1, 2 and the bf16 optimizer put the weights of a parameter group one after the other and pad the whole
+    (`flatten_dense_tensors_aligned`); ZeRO-3 cuts every parameter by itself (`_partition_param`).
+
+    Raises:
+        ReshardError: the order of the weights depends on the number of ranks, or there is padding between them.
+    """
+    optimizer = engine.optimizer
+    if hasattr(optimizer, "fp16_groups"):  # ZeRO-3
+        return Layout(tuple(p.ds_numel for group in optimizer.fp16_groups for p in group))
+    for key in ("round_robin_gradients", "parameter_alignment"):
+        if getattr(optimizer, key, False):
+            raise ReshardError(f"`deepspeed.config.zero_optimization.{key}` spreads it in another way")
+    groups = optimizer.bf16_groups if hasattr(optimizer, "bf16_groups") else optimizer.bit16_groups
+    return Layout(tuple(sum(p.numel() for p in group) for group in groups), optimizer.nccl_start_alignment_factor)
 
 
 def _host(_name: str, tensor: torch.Tensor) -> torch.Tensor:
