@@ -96,11 +96,12 @@ def _secret_key(name: str) -> machine.SecretKey:
 
 
 def _unchanged(document: manifest.Manifest, admitted: dict[str, Any], old: dict[str, Any] | None) -> dict[str, Any]:
-    """The manifest, which may differ from that of the run that it goes on with only where a job in a cluster may be changed."""
+    """The manifest, which may differ from that of the run that it goes on with only where a suspended job in a cluster may."""
     if old is None:
         return admitted
     try:
-        return document.admit(old)
+        # No process of the old run is left, since its folder's lock is held.
+        return document.admit({**old, "spec": {**old["spec"], "suspend": True}})
     except manifest.ManifestError as error:
         raise manifest.ManifestError(
             f"{error}\nhere: go on with the file as it was, or begin anew with `--fresh`"

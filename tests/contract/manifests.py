@@ -1,4 +1,4 @@
-"""One good manifest and the ways in which people get it wrong."""
+"""One good manifest, the ways in which people get it wrong, and what may be changed of it later."""
 
 import copy
 from typing import Any, NamedTuple
@@ -411,3 +411,79 @@ def manifest(case: str) -> dict[str, Any]:
     if case == "evaluation without data":
         made["spec"]["training"]["evalEverySteps"] = 5
     return made
+
+
+class Change(NamedTuple):
+    """A change of a job that exists: blocks of the new spec, and what the refusal must name; nothing: it is taken."""
+
+    new: dict[str, Any]
+    says: tuple[str, ...] = ()
+    suspended: bool = False
+    """Whether the job was suspended before."""
+
+
+def _another(name: str, value: Any) -> Change:
+    return Change({name: value}, (f"`{name}` cannot be changed once the job exists", "`suspend`, `recovery`"))
+
+
+_NOT_SUSPENDED = ("`trainer` can be changed only while the job is suspended", "`suspend: true` first")
+
+CHANGES: dict[str, Change] = {
+    **{
+        f"another {name}": _another(name, value)
+        for name, value in {
+            "model": {"uri": "pvc://other/model"},
+            "datasets": {"train": [{"uri": "pvc://other/data"}]},
+            "method": "QLoRA",
+            "adapter": {"rank": 16},
+            "training": {"seed": 7},
+            "deepspeed": {"zeroStage": 3},
+            "checkpoint": {"everySteps": 7},
+            "output": {"uri": "pvc://other/out"},
+            "cache": {"uri": "pvc://other/cache"},
+            "managedBy": "example.com/other",
+            "freeze": {},
+            "quantization": {"bits": 8},
+            "tracking": {"wandb": {"project": "other"}},
+            "evaluation": {"metric": "EvalLoss"},
+            "vision": {"freezeTower": False},
+        }.items()
+    },
+    "another model while suspended": _another("model", {"uri": "pvc://other/model"})._replace(suspended=True),
+    "what may always change": Change(
+        {"recovery": {"backoffLimit": 9}, "ttlSecondsAfterFinished": 60, "activeDeadlineSeconds": 600, "suspend": True}
+    ),
+    "trainer of a job that runs": Change({"trainer": {"numNodes": 1}}, _NOT_SUSPENDED),
+    "trainer and suspend at once": Change({"trainer": {"numNodes": 1}, "suspend": True}, _NOT_SUSPENDED),
+    "trainer while suspended": Change({"trainer": {"numNodes": 1, "numProcPerNode": 4}}, suspended=True),
+    "trainer and resumed at once": Change({"trainer": {"numNodes": 1}, "suspend": False}, suspended=True),
+    "trainer with its defaults written out": Change({"trainer": {"numNodes": 2, "numProcPerNode": 1}}),
+    "ranks that do not divide": Change(
+        {"trainer": {"numNodes": 3}}, ("`training.globalBatchSize` must be a multiple of",), suspended=True
+    ),
+    "GPUs and processes differ": Change(
+        {"trainer": {"resourcesPerNode": {"limits": {"nvidia.com/gpu": 2}}}},
+        ("spec.trainer", "must equal `numProcPerNode`"),
+        suspended=True,
+    ),
+}
+
+
+def before(change: Change) -> dict[str, Any]:
+    """The job before a change, as it was written. No operator touches it."""
+    spec = {**GOOD["spec"], "suspend": change.suspended, "managedBy": "example.com/nobody"}
+    return {**GOOD, "metadata": {"name": "changed"}, "spec": spec}
+
+
+def after(change: Change) -> dict[str, Any]:
+    """And with the change, as a merge patch makes it."""
+    old = before(change)
+    return {**old, "spec": _merged(old["spec"], change.new)}
+
+
+def _merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        key: _merged(old[key], value) if isinstance(value, dict) and isinstance(old.get(key), dict) else value
+        for key, value in new.items()
+    }
+    return {**old, **both}

@@ -124,6 +124,10 @@ class Job:
         """Waits for Complete and returns the status."""
         return self.wait_state("Complete", timeout=timeout)
 
+    def change(self, **spec: Any) -> None:
+        """Patches fields of the spec, all at once."""
+        self.kubectl("patch", "finetunejob", self.name, "--type=merge", "-p", json.dumps({"spec": spec}))
+
     def conditions(self) -> dict[str, dict[str, Any]]:
         return {condition["type"]: condition for condition in self.status.get("conditions", [])}
 

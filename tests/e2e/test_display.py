@@ -4,7 +4,6 @@ Each case brings a real job into a state and looks at the printed lines. With UP
 docs/what-you-see.md.
 """
 
-import json
 import os
 from collections.abc import Callable
 from typing import Any
@@ -98,7 +97,7 @@ def test_running_then_restarted(cluster: Cluster, gallery: Gallery) -> None:
 def test_suspended(cluster: Cluster, gallery: Gallery) -> None:
     job = start(cluster.kubectl, "suspended-job", LONG)
     job.wait_step(3)
-    cluster.kubectl("patch", "ftj", job.name, "--type=merge", "-p", json.dumps({"spec": {"suspend": True}}))
+    job.change(suspend=True)
     job.wait_state("Suspended")
     wait_for("its pods to leave", lambda: not [p for p in job.pods() if p["status"]["phase"] == "Running"], 60)
     shown = gallery.look("Suspended", job)

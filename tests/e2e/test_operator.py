@@ -1,6 +1,5 @@
 """The operator's own life: deletion while it is away, its return, its replicas, suspension, deadline and TTL."""
 
-import json
 import time
 from typing import Any
 
@@ -60,15 +59,14 @@ def test_two_replicas_one_leader_and_handover(cluster: Cluster, measurements: di
 
 
 def test_suspend_and_resume(cluster: Cluster) -> None:
-    kubectl = cluster.kubectl
     spec = {"training": {"maxSteps": 15}, "checkpoint": {"everySteps": 100}}
-    job = start(kubectl, "suspended", spec)
+    job = start(cluster.kubectl, "suspended", spec)
     step = job.wait_step(3)
-    kubectl("patch", "finetunejob", job.name, "--type=merge", "-p", json.dumps({"spec": {"suspend": True}}))
+    job.change(suspend=True)
     job.wait_state("Suspended")
     wait_for("its pods to leave", lambda: not _active(job.pods()), 60)
     assert job.conditions()["Suspended"]["status"] == "True"
-    kubectl("patch", "finetunejob", job.name, "--type=merge", "-p", json.dumps({"spec": {"suspend": False}}))
+    job.change(suspend=False)
     status = job.complete()
     assert status.get("restarts", 0) == 0, "a resume is no restart"
     assert status["attempts"][-1]["fromStep"] >= step, "it went on from the checkpoint made on SIGTERM"

@@ -23,7 +23,6 @@ IMMUTABLE = (
     "adapter",
     "training",
     "deepspeed",
-    "trainer",
     "checkpoint",
     "output",
     "cache",
@@ -41,7 +40,8 @@ def _immutable(name: str) -> tuple[str, str]:
     return (
         f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
         f"`{name}` cannot be changed once the job exists; delete the job and create it again"
-        " (`suspend`, `recovery`, `activeDeadlineSeconds` and `ttlSecondsAfterFinished` can be changed)",
+        " (`suspend`, `recovery`, `activeDeadlineSeconds` and `ttlSecondsAfterFinished` can be changed, `trainer` while"
+        " `suspend` is true)",
     )
 
 
@@ -58,6 +58,11 @@ class FineTuneJobSpec(ApiModel):
     model_config = {
         "json_schema_extra": rules(
             *map(_immutable, IMMUTABLE),
+            (
+                "oldSelf.suspend || self.trainer == oldSelf.trainer",
+                "`trainer` can be changed only while the job is suspended: set `suspend: true` first, then change `trainer`"
+                " and set `suspend: false`",
+            ),
             (
                 "self.method in ['LoRA', 'QLoRA'] || !has(self.adapter)",
                 "`adapter` is only for `method: LoRA` and `method: QLoRA`; remove it",
@@ -114,7 +119,7 @@ class FineTuneJobSpec(ApiModel):
     deepspeed: DeepSpeedSpec = DeepSpeedSpec()
     """How DeepSpeed spreads the training state."""
     trainer: TrainerSpec = TrainerSpec()
-    """The pods."""
+    """The pods. It may be changed while `suspend` is true: the job goes on with the new ones from its newest checkpoint."""
     checkpoint: CheckpointSpec = CheckpointSpec()
     """When and where state is saved."""
     recovery: RecoverySpec = RecoverySpec()

@@ -18,6 +18,11 @@ def current(status: FineTuneJobStatus) -> AttemptStatus | None:
     return status.attempts[-1] if status.attempts else None
 
 
+def next_number(status: FineTuneJobStatus) -> int:
+    """The number of the attempt that is started next."""
+    return status.attempts[-1].number + 1 if status.attempts else 1
+
+
 def replace_last(status: FineTuneJobStatus, **changes: object) -> FineTuneJobStatus:
     """A copy in which the newest attempt has changed."""
     last = status.attempts[-1].model_copy(update=changes)

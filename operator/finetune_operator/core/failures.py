@@ -71,13 +71,12 @@ def parse_report(pod: ObservedPod) -> TerminationReport | None:
         return None
 
 
-def first_cause(gang: tuple[ObservedPod, ...], job: ObservedJob | None, num_nodes: int) -> Cause | None:
+def first_cause(gang: tuple[ObservedPod, ...], job: ObservedJob | None) -> Cause | None:
     """The cause of an attempt's end; None while nothing says that it has failed.
 
     Args:
         gang: the attempt's pods.
         job: its Job; None if that is gone, which is an end too.
-        num_nodes: the pods that the gang should have.
     """
     causes = [cause for pod in gang if (cause := pod_cause(pod)) is not None]
     if causes:
@@ -86,7 +85,7 @@ def first_cause(gang: tuple[ObservedPod, ...], job: ObservedJob | None, num_node
         return Cause(Reason.POD_DELETED, "Somebody or something deleted the attempt's Job.")
     if not job.failed:
         return None
-    missing = sorted(set(range(num_nodes)) - {pod.index for pod in gang})
+    missing = sorted(set(range(job.num_nodes)) - {pod.index for pod in gang})
     if missing:
         return Cause(Reason.POD_DELETED, f"Pod {missing[0]} of the gang is gone.")
     return Cause(Reason.POD_FAILED, job.message or "The attempt's Job failed without saying why.")

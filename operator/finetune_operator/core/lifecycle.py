@@ -1,12 +1,14 @@
-"""The turning points of a job: an attempt begins (or is found to have begun), a job ends."""
+"""The turning points of a job: an attempt begins (or is found to have begun) or is interrupted, a job ends."""
 
 from datetime import datetime
 
 from finetune_api.job import FineTuneJob
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, State
-from finetune_operator.core.attempts import current, opened, previous_end
+from finetune_operator.core.attempts import closed, current, opened, previous_end
 from finetune_operator.core.conditions import is_true, put
+from finetune_operator.core.failures import Cause
+from finetune_operator.core.progress import take_all
 from finetune_operator.core.resolve import choose
 from finetune_operator.core.situation import Situation
 
@@ -21,7 +23,7 @@ def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
     status = status.model_copy(
         update={
             "start_time": time if status.start_time is None else status.start_time,
-            "plan": status.plan or choose(s.job, s.config),
+            "plan": choose(s.current_job, s.config),
         }
     )
     if resumed:
@@ -43,6 +45,17 @@ def adopt(s: Situation) -> Situation:
             s = s.with_status(s.status.model_copy(update={"attempts": ended}))
         s = s.with_status(begin(s, child.attempt, child.created_at))
     return s
+
+
+def interrupt(s: Situation, why: str) -> FineTuneJobStatus:
+    """The status in which no attempt runs, because a user wants it so."""
+    status = s.status
+    if s.attempt is not None:
+        status = closed(take_all(status, s.observed, s.now), Cause(Reason.SUSPENDED, why), s.now)
+    for kind in (ConditionType.RUNNING, ConditionType.RESTARTING):
+        if is_true(status, kind):
+            status = put(status, s.job, s.now, kind, False, Reason.SUSPENDED, why)
+    return status
 
 
 def finish(s: Situation, kind: ConditionType, reason: str, message: str) -> FineTuneJobStatus:

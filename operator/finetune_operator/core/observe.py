@@ -9,6 +9,8 @@ from finetune_api.reports import ProgressReport
 
 ANNOTATION_PREVIOUS_END = "finetune.dev/previous-end"
 """On a child Job: how the attempt before it ended (JSON of AttemptStatus), for an operator that died before it wrote status."""
+ANNOTATION_TRAINER = "finetune.dev/trainer"
+"""On a child Job: which `spec.trainer` it was made from (`resolve.trainer_digest`)."""
 _INDEX = "batch.kubernetes.io/job-completion-index"
 
 
@@ -88,12 +90,16 @@ class ObservedJob:
     version: int
     attempt: int
     created_at: datetime
+    num_nodes: int
+    """The pods of its gang."""
     complete: bool = False
     failed: bool = False
     message: str = ""
     """Of the condition that says that it failed."""
     deleting: bool = False
     previous_end: str | None = None
+    trainer: str | None = None
+    """The digest of the `spec.trainer` that it was made from; None: an older operator made it."""
 
     @property
     def ended(self) -> bool:
@@ -143,17 +149,20 @@ def parse_job(body: dict[str, Any]) -> ObservedJob:
     created_at = parse_time(meta["creationTimestamp"])
     assert created_at is not None
     failed = _condition(body, "Failed", "FailureTarget")
+    annotations = meta.get("annotations") or {}
     return ObservedJob(
         name=meta["name"],
         uid=meta["uid"],
         version=int(meta["resourceVersion"]),
         attempt=int(meta["labels"][LABEL_ATTEMPT]),
         created_at=created_at,
+        num_nodes=body["spec"]["completions"],
         complete=_condition(body, "Complete", "SuccessCriteriaMet") is not None,
         failed=failed is not None,
         message=(failed or {}).get("message") or "",
         deleting=bool(meta.get("deletionTimestamp")),
-        previous_end=(meta.get("annotations") or {}).get(ANNOTATION_PREVIOUS_END),
+        previous_end=annotations.get(ANNOTATION_PREVIOUS_END),
+        trainer=annotations.get(ANNOTATION_TRAINER),
     )
 
 

@@ -14,6 +14,7 @@ from finetune_operator.core.policies.deadline import deadline
 from finetune_operator.core.policies.failed import failed
 from finetune_operator.core.policies.finished import finished
 from finetune_operator.core.policies.not_ours import not_ours
+from finetune_operator.core.policies.outdated import outdated
 from finetune_operator.core.policies.running import running
 from finetune_operator.core.policies.start import start
 from finetune_operator.core.policies.suspended import suspended
@@ -26,9 +27,10 @@ CHAIN = (
     complete,  # 3. the whole gang succeeded (before 4 and 5: a result is not thrown away)
     suspended,  # 4. spec.suspend
     deadline,  # 5. spec.activeDeadlineSeconds
-    failed,  # 6. the attempt ended: fail, wait, or start the next one in the same plan
-    start,  # 7. no attempt runs: start one, now or after the wait
-    running,  # 8. an attempt runs: say how it is
+    outdated,  # 6. the attempt is one of an older spec.trainer: its pods leave, the next one follows
+    failed,  # 7. the attempt ended: fail, wait, or start the next one in the same plan
+    start,  # 8. no attempt runs: start one, now or after the wait
+    running,  # 9. an attempt runs: say how it is
 )
 
 

@@ -1,6 +1,8 @@
 """From a job's spec to what its pods run: every default decided, every URI a path, nothing left to find."""
 
+import json
 from dataclasses import dataclass
+from hashlib import sha256
 
 from finetune_api.job import FineTuneJob
 from finetune_api.launch import (
@@ -42,6 +44,7 @@ from finetune_api.spec import (
     SchedulerParametersSpec,
     SecretKeyRef,
     TrackingSpec,
+    TrainerSpec,
     TrainingSpec,
     VisionSpec,
 )
@@ -71,17 +74,23 @@ class Resolved:
 
 
 def choose(job: FineTuneJob, config: PlanConfig) -> PlanStatus:
-    """What is chosen where the spec leaves a choice. Chosen once: what stands in status stays for all attempts."""
-    if job.status.plan is not None:
-        return job.status.plan
-    spec = job.spec
+    """What is chosen where the spec leaves a choice, and what follows from it.
+
+    Chosen once: what stands in status stays for all attempts, but for what `spec.trainer` says, which may change between them.
+    """
+    spec, earlier = job.spec, job.status.plan
     world_size = spec.trainer.num_nodes * spec.trainer.num_proc_per_node
+    accumulation = spec.training.global_batch_size // (spec.training.micro_batch_size * world_size)
+    if earlier is not None:
+        image = spec.trainer.image or earlier.image
+        changes = {"image": image, "world_size": world_size, "gradient_accumulation_steps": accumulation}
+        return earlier.model_copy(update=changes)
     checkpoints = spec.checkpoint.uri or sibling(spec.output.uri, "checkpoints")
     return PlanStatus(
         image=spec.trainer.image or config.trainer_image,
         world_size=world_size,
         micro_batch_size=spec.training.micro_batch_size,
-        gradient_accumulation_steps=spec.training.global_batch_size // (spec.training.micro_batch_size * world_size),
+        gradient_accumulation_steps=accumulation,
         learning_rate=spec.training.learning_rate or _LEARNING_RATES[spec.method],
         checkpoint_uri=child(checkpoints, _own_folder(job)),
         output_uri=spec.output.uri,
@@ -92,7 +101,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
     """Resolves one attempt of a job.
 
     Args:
-        job: the job; `status.plan`, if it is there, decides.
+        job: the job; `status.plan`, if it is there, decides what was chosen.
         attempt: the attempt's number, from 1.
         config: the installation's settings.
     """
@@ -152,6 +161,12 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         ),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
+
+
+def trainer_digest(trainer: TrainerSpec) -> str:
+    """Tells one `spec.trainer` from another. Defaults are left out, or a new field would make all of them other ones."""
+    said = trainer.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def threads_per_process(spec: FineTuneJobSpec) -> int:

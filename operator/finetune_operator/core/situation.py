@@ -77,8 +77,14 @@ class Situation:
         return replace(self, status=status)
 
     @property
+    def current_job(self) -> FineTuneJob:
+        """The job with the status that is being worked on."""
+        return self.job.model_copy(update={"status": self.status})
+
+    @property
     def num_nodes(self) -> int:
-        return self.job.spec.trainer.num_nodes
+        """The pods of the newest attempt's gang. `spec.trainer` may have changed since its Job was made."""
+        return self.child.num_nodes if self.child is not None else self.job.spec.trainer.num_nodes
 
     @property
     def attempt(self) -> AttemptStatus | None:

@@ -66,6 +66,7 @@ class Attempt:
             version=1,
             attempt=self.number,
             created_at=self.created_at,
+            num_nodes=1,
             complete=end is not None and end.exit_code == 0,
             failed=end is not None and end.exit_code != 0,
             previous_end=self.previous_end,

@@ -64,6 +64,12 @@ class Command:
         path = self.folder / "checkpoints" / "default.good.run" / f"attempt-{attempt}.log"
         return path.read_text() if path.exists() else ""
 
+    def launch(self, attempt: int) -> dict[str, Any]:
+        """What the trainer was started with."""
+        path = self.folder / "checkpoints" / "default.good.run" / f"attempt-{attempt}.launch.json"
+        launch: dict[str, Any] = json.loads(path.read_text())
+        return launch
+
     def state(self) -> str:
         """Everything that is kept of the run, for a failing test."""
         files = sorted(path for path in (self.folder / "checkpoints").rglob("*") if path.is_file())
@@ -117,6 +123,26 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(command: Command) -> None:
     assert "interrupted, saved at step 7; the same command goes on from there" in said
     status, said = command.run("succeed")
     assert status == 0 and command.log(2).startswith("started")
+
+
+def test_an_interrupted_run_goes_on_with_other_ranks_and_is_otherwise_the_same(command: Command) -> None:
+    process = command.start("wait")
+    command.wait_for_start()
+    os.killpg(process.pid, signal.SIGINT)
+    process.communicate(timeout=60)
+    command.body["spec"]["trainer"] |= {"numNodes": 1, "resourcesPerNode": {"limits": {"cpu": 4}}}
+    learned = command.body["spec"]["training"]["learningRate"]
+    command.body["spec"]["training"]["learningRate"] = "1e-3"
+    status, said = command.run("succeed")
+    assert status == 2 and "`training` cannot be changed once the job exists" in said and "with `--fresh`" in said
+    command.body["spec"]["training"]["learningRate"] = learned
+    status, said = command.run("succeed")
+    assert status == 0 and "good on this machine: 1 rank on" in said, said
+    first, second = command.launch(1), command.launch(2)
+    assert [(launch["numProcPerNode"], launch["threadsPerProcess"]) for launch in (first, second)] == [(2, 2), (1, 4)]
+    accumulation = [launch["training"]["gradientAccumulationSteps"] for launch in (first, second)]
+    assert accumulation == [2, 4], "the global batch stays"
+    assert first["checkpoint"]["dir"] == second["checkpoint"]["dir"]
 
 
 def test_a_killed_command_takes_its_trainer_along_and_nothing_starts_before_that(command: Command) -> None:

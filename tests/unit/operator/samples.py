@@ -6,7 +6,8 @@ from typing import Any
 
 from finetune_api.job import MANAGED_BY, FineTuneJob
 from finetune_api.reports import Activity, ProgressReport
-from finetune_operator.core.observe import Observed, ObservedJob, ObservedPod, Terminated
+from finetune_api.spec import TrainerSpec
+from finetune_operator.core.observe import Observed, ObservedJob, ObservedPod, Terminated, parse_job
 from finetune_operator.core.plan import plan
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.situation import Apply, Delete, Kind, Plan
@@ -74,6 +75,7 @@ def child(attempt: int = 1, **fields: Any) -> ObservedJob:
         "version": 1,
         "attempt": attempt,
         "created_at": NOW,
+        "num_nodes": 1,
     }
     return ObservedJob(**{**values, **fields})
 
@@ -120,9 +122,14 @@ class World:
             if isinstance(action, Apply):
                 self.objects.add((action.kind, action.name))
                 if action.kind is Kind.JOB and action.name not in self.jobs:
-                    number = int(action.manifest["metadata"]["labels"]["finetune.dev/attempt"])
-                    end = (action.manifest["metadata"].get("annotations") or {}).get("finetune.dev/previous-end")
-                    self.jobs[action.name] = child(number, created_at=self.now, previous_end=end)
+                    number = action.manifest["metadata"]["labels"]["finetune.dev/attempt"]
+                    given = {
+                        "uid": f"job-{number}",
+                        "resourceVersion": "1",
+                        "creationTimestamp": self.now.isoformat(),
+                    }
+                    metadata = {**action.manifest["metadata"], **given}
+                    self.jobs[action.name] = parse_job({**action.manifest, "metadata": metadata})
             elif isinstance(action, Delete):
                 self._delete(action)
         self.job = self.job.model_copy(update={"status": decision.status})
@@ -148,6 +155,8 @@ class World:
 
     def change_spec(self, **changes: Any) -> None:
         """A user edits the spec."""
+        if "trainer" in changes:
+            changes["trainer"] = TrainerSpec.model_validate(changes["trainer"])
         generation = self.job.metadata.generation + 1
         self.job = self.job.model_copy(
             update={

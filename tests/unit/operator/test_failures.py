@@ -8,8 +8,8 @@ from finetune_operator.core.failures import first_cause
 from finetune_operator.core.observe import ObservedJob, ObservedPod
 from tests.unit.operator.samples import NOW, child, ended, pod, seconds
 
-RUNNING = child()
-FAILED = child(failed=True, message="Job has reached the specified backoff limit")
+RUNNING = child(num_nodes=2)
+FAILED = child(num_nodes=2, failed=True, message="Job has reached the specified backoff limit")
 
 
 def told(reason: Reason, message: str = "it broke") -> str:
@@ -104,20 +104,20 @@ CASES: dict[str, tuple[list[ObservedPod], ObservedJob | None, Reason | None]] = 
 
 @pytest.mark.parametrize(("pods", "job", "reason"), CASES.values(), ids=CASES.keys())
 def test_first_cause(pods: list[ObservedPod], job: ObservedJob | None, reason: Reason | None) -> None:
-    cause = first_cause(tuple(pods), job, num_nodes=2)
+    cause = first_cause(tuple(pods), job)
     assert (cause.reason if cause else None) == reason
     assert cause is None or cause.message
 
 
 def test_the_reports_words_and_the_pod_are_kept() -> None:
     gang = (ended(code=87, message=told(Reason.DATA_ERROR, "/data/train.jsonl:17: not JSON")),)
-    cause = first_cause(gang, RUNNING, 1)
+    cause = first_cause(gang, RUNNING)
     assert cause is not None
     assert (cause.message, cause.pod, cause.exit_code) == ("/data/train.jsonl:17: not JSON", "tune-1-0-abcde", 87)
 
 
 def test_without_a_report_the_end_of_the_log_is_shown() -> None:
-    cause = first_cause((ended(code=1, message="ModuleNotFoundError: no module named 'x'"),), RUNNING, 1)
+    cause = first_cause((ended(code=1, message="ModuleNotFoundError: no module named 'x'"),), RUNNING)
     assert cause is not None
     assert "exit code 1" in cause.message
     assert "no module named 'x'" in cause.message

@@ -5,12 +5,14 @@ from typing import Any
 
 import pytest
 
+from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import Reason
 from finetune_api.reports import Activity, MetricReport, TerminationReport
 from finetune_api.status import ConditionType, State
 from finetune_operator.core.conditions import find, is_true
 from finetune_operator.core.observe import Waiting
-from finetune_operator.core.situation import Apply, Delete, Kind
+from finetune_operator.core.refused import refused
+from finetune_operator.core.situation import Apply, Delete, Kind, Plan
 from tests.unit.operator.samples import CONFIG, NOW, World, child, ended, make_job, pod, progress, seconds
 
 
@@ -242,6 +244,102 @@ def test_a_resume_waits_for_old_pods_but_not_for_ever() -> None:
     assert decision.requeue_after is not None
     world.step(decision.requeue_after)
     assert world.job.status.attempts[-1].number == 2
+
+
+def launched(decision: Plan) -> tuple[LaunchSpec, dict[str, Any]]:
+    """What a plan starts: the launch file and the Job's spec."""
+    made = {action.kind: action.manifest for action in decision.actions if isinstance(action, Apply)}
+    return LaunchSpec.model_validate_json(made[Kind.CONFIG_MAP]["data"]["launch.json"]), made[Kind.JOB]["spec"]
+
+
+SMALLER = {"image": "registry/trainer:2", "resourcesPerNode": {"limits": {"cpu": 4}}}
+"""One node instead of two, with another image."""
+
+
+def test_a_job_that_was_changed_while_it_was_suspended_goes_on_with_other_ranks() -> None:
+    world = started(num_nodes=2)
+    before = world.job.status.plan
+    assert before is not None and (before.world_size, before.gradient_accumulation_steps) == (2, 4)
+    world.change_spec(suspend=True)
+    world.step(1)
+    world.pods = []
+    world.change_spec(trainer=SMALLER)
+    world.step(1)
+    assert words(world) == (State.SUSPENDED, "Suspended")
+    world.change_spec(suspend=False)
+    decision = world.step(1)
+    launch, job = launched(decision)
+    assert (launch.num_nodes, launch.num_proc_per_node, launch.threads_per_process) == (1, 1, 4)
+    assert (launch.training.gradient_accumulation_steps, launch.rendezvous.host) == (8, "localhost")
+    assert (job["completions"], job["parallelism"]) == (1, 1)
+    (container,) = job["template"]["spec"]["containers"]
+    assert (container["image"], container["resources"]) == ("registry/trainer:2", {"limits": {"cpu": 4}})
+    assert [e.message for e in decision.events] == [
+        "Attempt 2 goes on from the last checkpoint, on 1 rank instead of 2."
+    ]
+    follows = {"image": "registry/trainer:2", "world_size": 1, "gradient_accumulation_steps": 8}
+    assert world.job.status.plan == before.model_copy(update=follows)
+    world.run_gang(2)
+    world.step(1)
+    assert words(world) == (State.STARTING, "Loading")
+    world.set_pod(ended(2))
+    world.step(1)
+    assert world.job.status.state is State.COMPLETE
+
+
+def test_a_change_that_comes_while_the_old_pods_are_saving_waits_for_them() -> None:
+    world = started()
+    world.change_spec(suspend=True)
+    world.step()
+    world.change_spec(trainer={"numNodes": 2}, suspend=False)
+    assert world.step(1).actions == ()
+    assert words(world) == (State.PENDING, "Resuming")
+    world.set_pod(ended(code=143, delete_time=NOW, message=report(Reason.TERMINATED, step=44, last_checkpoint_step=44)))
+    launch, job = launched(world.step(1))
+    assert (launch.attempt, launch.num_nodes, job["completions"]) == (2, 2, 2)
+    checkpoint = world.job.status.last_checkpoint
+    assert checkpoint is not None and (checkpoint.step, world.job.status.attempts[0].to_step) == (44, 44)
+
+
+def test_a_change_whose_suspension_nobody_saw_suspends_and_resumes() -> None:
+    world = started(num_nodes=2)
+    world.change_spec(trainer=SMALLER)  # suspended and resumed, while no operator ran
+    decision = world.step(1)
+    assert [(type(a), a.name) for a in decision.actions] == [(Delete, "tune-1")]
+    assert words(world) == (State.PENDING, "Resuming")
+    assert not is_true(world.job.status, ConditionType.RUNNING)
+    world.set_pod(ended(code=143, delete_time=NOW, message=report(Reason.TERMINATED)))
+    assert world.step(1).actions == (), "the other pod is still saving"
+    world.set_pod(ended(index=1, code=143, delete_time=NOW, message=report(Reason.TERMINATED)))
+    launch, _ = launched(world.step(1))
+    assert (launch.attempt, launch.num_nodes) == (2, 1)
+    first = world.job.status.attempts[0]
+    assert (first.reason, first.message, world.job.status.restarts) == ("Suspended", "spec.trainer was changed.", 0)
+
+
+def test_a_gang_is_complete_when_all_pods_that_it_was_made_with_are() -> None:
+    world = started(num_nodes=2)
+    world.set_pod(ended(index=0))
+    world.change_spec(trainer={})
+    assert world.plan().status.state is not State.COMPLETE
+    world.set_pod(ended(index=1))
+    assert world.plan().status.state is State.COMPLETE, "it finished before anybody saw the change"
+
+
+def test_a_job_that_an_older_operator_started_is_not_taken_for_another() -> None:
+    world = started(num_nodes=2)
+    world.jobs["tune-1"] = replace(world.jobs["tune-1"], trainer=None)
+    assert world.step(1).actions == ()
+
+
+def test_what_was_refused_leaves_no_launch_file_in_the_way_of_a_change() -> None:
+    world = World(make_job(trainer={"numNodes": 2}))
+    world.job = world.job.model_copy(update={"status": refused(world.job.status, "Job", "tune-1", "exceeded quota")})
+    world.change_spec(suspend=True)
+    assert [(type(a), a.kind, a.name) for a in world.step().actions] == [(Delete, Kind.CONFIG_MAP, "tune-1")]
+    world.change_spec(trainer={}, suspend=False)
+    launch, _ = launched(world.step())
+    assert (launch.attempt, launch.num_nodes) == (1, 1)
 
 
 def test_suspended_from_the_start_and_then_released() -> None:

@@ -11,6 +11,7 @@ from finetune_api.reports import Activity, ProgressReport, TerminationReport
 from finetune_api.status import State
 from finetune_operator.core.conditions import is_finished
 from finetune_operator.core.observe import ObservedPod, Terminated, Waiting
+from finetune_operator.core.resolve import trainer_digest
 from finetune_operator.core.situation import Apply
 from finetune_operator.shell.patch import merge_patch
 from tests.unit.operator.samples import NOW, World, child, make_job, pod, seconds
@@ -88,7 +89,7 @@ def disturb(draw: st.DrawFn, world: World) -> None:
     newest = max(attempts, default=0)
     what = draw(st.sampled_from(["pods", "pods", "pods", "job", "progress", "spec", "time", "vanish", "crash"]))
     if what == "pods" and newest:
-        for index in range(world.job.spec.trainer.num_nodes):
+        for index in range(next((job.num_nodes for job in world.jobs.values() if job.attempt == newest), 2)):
             if draw(st.booleans()):
                 world.set_pod(draw(pods(newest, index)))
     elif what == "job" and world.jobs:
@@ -101,19 +102,24 @@ def disturb(draw: st.DrawFn, world: World) -> None:
     elif what == "progress" and newest:
         world.progress = draw(progresses(max(1, newest - draw(st.integers(0, 1)))))
     elif what == "spec":
-        world.change_spec(suspend=draw(st.booleans()))
+        # Suspended, changed and perhaps resumed before anybody looks.
+        changes = {"trainer": draw(TRAINERS)} if draw(st.booleans()) else {}
+        world.change_spec(suspend=draw(st.booleans()), **changes)
     elif what == "time":
         world.now += seconds(draw(st.sampled_from([1, 11, 40, 400, 4000])))
     elif what == "vanish" and world.pods:
         world.pods.remove(draw(st.sampled_from(world.pods)))
     elif what == "crash" and newest:
         # An operator made the next Job and died before it wrote status.
-        world.jobs[f"tune-{newest + 1}"] = child(newest + 1, created_at=world.now)
+        trainer = world.job.spec.trainer
+        made = {"num_nodes": trainer.num_nodes, "trainer": trainer_digest(trainer)}
+        world.jobs[f"tune-{newest + 1}"] = child(newest + 1, created_at=world.now, **made)
 
 
+TRAINERS = st.sampled_from([{}, {"numNodes": 2}, {"numNodes": 2, "numProcPerNode": 2}])
 JOBS = st.builds(
     make_job,
-    trainer=st.sampled_from([{}, {"numNodes": 2}, {"numNodes": 2, "numProcPerNode": 2}]),
+    trainer=TRAINERS,
     recovery=st.sampled_from([{}, {"backoffLimit": 0}, {"backoffLimit": 1}]),
     suspend=st.booleans(),
     activeDeadlineSeconds=st.sampled_from([None, 300]),
@@ -138,7 +144,10 @@ def test_plan_is_idempotent(job: object, data: st.DataObject) -> None:
         assert merge_patch(world.job.status.to_wire(), again.status.to_wire()) == {}
         assert type(world.job.status).model_validate(world.job.status.to_wire()) == world.job.status
         if not is_finished(world.job.status):
-            assert sum(not job.deleting for job in world.jobs.values()) <= 1
+            kept = [job for job in world.jobs.values() if not job.deleting]
+            assert len(kept) <= 1
+            if (attempt := world.job.status.attempts[-1:]) and attempt[0].end_time is None:
+                assert {job.trainer for job in kept} <= {trainer_digest(world.job.spec.trainer)}
         data.draw(disturb(world))
 
 

@@ -125,7 +125,7 @@ def job_object(version: int, uid: str = "j1", **status: Any) -> dict[str, Any]:
         "name": "tune-1", "namespace": "team", "uid": uid, "resourceVersion": str(version),
         "labels": labels(), "creationTimestamp": "2026-11-24T12:00:00Z",
     }  # fmt: skip
-    return {"metadata": meta, "status": status}
+    return {"metadata": meta, "spec": {"completions": 1}, "status": status}
 
 
 def pod_object(version: int, **status: Any) -> dict[str, Any]:

@@ -16,7 +16,7 @@ def failed(s: Situation) -> Plan | None:
     attempt = s.attempt
     if attempt is None:
         return None
-    cause = first_cause(s.gang, s.child, s.num_nodes)
+    cause = first_cause(s.gang, s.child)
     if cause is None:
         return None
     status = closed(take_all(s.status, s.observed, s.now), cause, s.now)

@@ -4,14 +4,14 @@ from datetime import timedelta
 
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, State
-from finetune_operator.core.attempts import current, restart_delay
+from finetune_operator.core.attempts import absorb_reports, current, next_number, restart_delay
 from finetune_operator.core.build import build_attempt
 from finetune_operator.core.conditions import put
 from finetune_operator.core.lifecycle import begin, observed_generation
 from finetune_operator.core.names import attempt_name
 from finetune_operator.core.policies.deadline import deadline_time
 from finetune_operator.core.policies.running import describe
-from finetune_operator.core.resolve import resolve
+from finetune_operator.core.resolve import choose, resolve
 from finetune_operator.core.situation import Action, Apply, Delete, Event, Kind, Plan, Situation
 from finetune_operator.core.view import duration, sentence
 
@@ -20,12 +20,13 @@ def start(s: Situation, events: tuple[Event, ...] = ()) -> Plan | None:
     """Starts the next attempt, or says what it waits for."""
     if s.attempt is not None:
         return None
+    s = s.with_status(absorb_reports(s.status, s.observed))  # old pods tell how far they came until they left
     last = current(s.status)
     if last is not None and last.reason == Reason.SUSPENDED:
         left = _seconds_to_wait_for_old_pods(s, last)
         if left > 0:
             return _wait_for_old_pods(s, last, left)
-        events = (*events, Event("Normal", "Resumed", f"Attempt {last.number + 1} goes on from the last checkpoint."))
+        events = (*events, _resumed(s))
     elif last is not None and last.end_time is not None:
         delay = restart_delay(s.status, s.config)
         left = s.seconds_until(last.end_time + delay)
@@ -37,8 +38,8 @@ def start(s: Situation, events: tuple[Event, ...] = ()) -> Plan | None:
 
 
 def _start(s: Situation, last: AttemptStatus | None, events: tuple[Event, ...]) -> Plan:
-    number = last.number + 1 if last else 1
-    job = s.job.model_copy(update={"status": s.status})
+    number = next_number(s.status)
+    job = s.current_job
     resolved = resolve(job, number, s.config)
     objects = build_attempt(job, resolved, s.config, last.to_json() if last else None)
     name = attempt_name(job.metadata.name, number)
@@ -52,6 +53,16 @@ def _start(s: Situation, last: AttemptStatus | None, events: tuple[Event, ...]) 
     status = begin(s, number, s.now)
     described = describe(s.with_status(status), gang=())
     return Plan(described.status, tuple(actions), events, described.requeue_after)
+
+
+def _resumed(s: Situation) -> Event:
+    """Tells a change of `spec.trainer` as the number of ranks, which is what the training sees of it."""
+    before, after = s.status.plan, choose(s.current_job, s.config)
+    text = f"Attempt {next_number(s.status)} goes on from the last checkpoint"
+    if before is not None and before.world_size != after.world_size:
+        ranks = "1 rank" if after.world_size == 1 else f"{after.world_size} ranks"
+        text += f", on {ranks} instead of {before.world_size}"
+    return Event("Normal", "Resumed", f"{text}.")
 
 
 def delete_attempt(s: Situation, number: int) -> list[Action]:
@@ -75,7 +86,7 @@ def _waiting(s: Situation, last: AttemptStatus, delay_seconds: int) -> FineTuneJ
 
 def _seconds_to_wait_for_old_pods(s: Situation, last: AttemptStatus) -> float:
     """0 once the pods of a suspended attempt have left, or could have: those on a lost node never do."""
-    gone = s.observed.job(last.number) is None and all(pod.ended for pod in s.observed.gang(last.number))
+    gone = all(pod.ended for pod in s.observed.gang(last.number))
     if gone or last.end_time is None:
         return 0.0
     limit = timedelta(seconds=s.config.termination_grace_seconds + s.config.leftover_seconds)
