@@ -53,7 +53,7 @@ def main() -> int:
 
 def _case(root: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
     shape, _, method = case.rpartition("-")
-    model = write_model(root / "model", shape)
+    model = write_model(root / "model", SHAPES[shape])
     train = write_chats(root / "train.jsonl", options.length)
     every = options.every
     changes = {

@@ -79,7 +79,7 @@ def main() -> int:
     results: dict[str, Any] = {"device": torch.cuda.get_device_name() if cuda else "cpu", "ranks": options.ranks}
     with tempfile.TemporaryDirectory(prefix="disturbances-", dir=options.folder) as folder:
         root = Path(folder)
-        write_model(root / "model", options.shape)
+        write_model(root / "model", SHAPES[options.shape])
         _write_rows(root / "train.jsonl", options)
         unbroken = LocalJob(root / "unbroken", "unbroken", _spec(root, options, options.ranks))
         unbroken.start()

@@ -97,23 +97,22 @@ def write_documents(file: Path, length: int) -> Path:
     return tiny.write_jsonl(file, [{"text": " ".join(text)} for text in words])
 
 
-def write_model(folder: Path, shape: str, *, layers: int | None = None, spill: Path | None = None) -> Path:
-    """Writes a Llama of a shape with a small tokenizer; all matrices repeat the same random values.
+def write_model(folder: Path, shape: dict[str, Any], *, tokenizer: Any = None, spill: Path | None = None) -> Path:
+    """Writes a Llama; all matrices repeat the same random values.
 
     Args:
         folder: is made.
-        shape: a name of SHAPES.
-        layers: other than the shape has.
+        shape: its configuration.
+        tokenizer: is saved beside it; None: a small one.
         spill: a folder on another disk for the files that the first has no room for; links to them are in `folder`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder.mkdir(parents=True)
-    tokenizer = tiny.make_tokenizer()
+    tokenizer = tokenizer or tiny.make_tokenizer()
     tokenizer.save_pretrained(folder)
     ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    sizes = SHAPES[shape] if layers is None else {**SHAPES[shape], "num_hidden_layers": layers}
-    config = LlamaConfig(**sizes, **ids, dtype="bfloat16", architectures=["LlamaForCausalLM"])
+    config = LlamaConfig(**shape, **ids, dtype="bfloat16", architectures=["LlamaForCausalLM"])
     config.save_pretrained(folder)
     with torch.device("meta"):
         kinds = {n: Kind(torch.bfloat16, tuple(t.shape)) for n, t in LlamaForCausalLM(config).state_dict().items()}

@@ -23,7 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.jobs import tiny, write_model
+from benchmarks.jobs import SHAPES, tiny, write_model
 from benchmarks.local_job import LocalJob
 from benchmarks.scaling import told
 from tests.trainer import published
@@ -53,8 +53,9 @@ def main() -> int:
         tempfile.TemporaryDirectory(prefix="llama-70b-", dir=options.spill) as spill,
     ):
         root, started = Path(folder), time.monotonic()
-        shape = "tiny" if options.tiny else "70b"
-        write_model(root / "model", shape, layers=options.layers, spill=Path(spill) if options.spill else None)
+        shape = SHAPES["tiny" if options.tiny else "70b"]
+        shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}
+        write_model(root / "model", shape, spill=Path(spill) if options.spill else None)
         results["writing_seconds"] = round(time.monotonic() - started, 1)
         words = [
             " ".join(tiny.WORDS[(row + at) % len(tiny.WORDS)] for at in range(options.length)) for row in range(64)

@@ -24,13 +24,11 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-PATHS = [str(ROOT), str(ROOT / "operator"), str(ROOT / "trainer_image")]
-sys.path[:0] = PATHS
-os.environ["PYTHONPATH"] = os.pathsep.join([*PATHS, *filter(None, [os.environ.get("PYTHONPATH")])])
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.throughput import LLAMA_2_70B  # noqa: E402
-from tests.trainer import published, tiny  # noqa: E402
+from benchmarks.jobs import write_model
+from benchmarks.throughput import LLAMA_2_70B
+from tests.trainer import published, tiny
 
 CODELLAMA_34B = {**LLAMA_2_70B, "intermediate_size": 22016, "max_position_embeddings": 16384}
 VICUNA_13B = {"hidden_size": 5120, "intermediate_size": 13824, "num_attention_heads": 40, "num_key_value_heads": 40,
@@ -184,8 +182,9 @@ def no_sandbox() -> str | None:
 def make_model(name: str, folder: Path, options: argparse.Namespace) -> None:
     """Random weights in the real shape, but for the number of layers."""
     shape = published.LLAMA if options.tiny else {**SHAPES[name], "num_hidden_layers": options.layers}
+    tokenizer = published.make_tokenizer()
     if name != "llava-13b":
-        published.make_llama(folder, device=options.device, **shape)
+        write_model(folder, {"vocab_size": len(tokenizer), **shape}, tokenizer=tokenizer)
         return
     import torch
     from transformers import (
@@ -198,7 +197,6 @@ def make_model(name: str, folder: Path, options: argparse.Namespace) -> None:
     )
 
     tower = TINY_CLIP if options.tiny else CLIP_L_336
-    tokenizer = published.make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     image_token = tokenizer.convert_tokens_to_ids("<image>")
     text = LlamaConfig(**{"vocab_size": len(tokenizer), **shape}, pad_token_id=tokenizer.pad_token_id)

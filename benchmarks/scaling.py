@@ -56,7 +56,7 @@ def main() -> int:
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=options.folder) as folder:
         root = Path(folder)
-        write_model(root / "model", options.shape)
+        write_model(root / "model", SHAPES[options.shape])
         write_documents(root / "train.jsonl", options.length)
         for method in options.methods.split(","):
             alone: float | None = None

@@ -56,7 +56,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="startup-", dir=options.folder) as folder:
         root = Path(folder)
         started = time.perf_counter()
-        model = write_model(root / "model", options.shape)
+        model = write_model(root / "model", SHAPES[options.shape])
         train = write_chats(root / "train.jsonl", options.length)
         result: dict[str, Any] = {
             "shape": options.shape,

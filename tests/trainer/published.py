@@ -62,8 +62,8 @@ def make_tokenizer() -> Any:
     return tokenizer
 
 
-def make_llama(folder: Path, *, device: str = "cpu", **shape: int) -> Path:
-    """Saves a random Llama in bf16, made on a device, with its tokenizer."""
+def make_llama(folder: Path, **shape: int) -> Path:
+    """Saves a random Llama in bf16 with its tokenizer."""
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -75,8 +75,7 @@ def make_llama(folder: Path, *, device: str = "cpu", **shape: int) -> Path:
         pad_token_id=tokenizer.pad_token_id,
     )
     torch.manual_seed(0)
-    with torch.device(device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
