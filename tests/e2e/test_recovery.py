@@ -26,8 +26,8 @@ SPEC: dict[str, Any] = {
 }
 BREAK_AT = 12
 ONE_NODE: dict[str, Any] = {"numNodes": 1, "resourcesPerNode": {"limits": {"cpu": "2"}}}
-TOLERANCE = 1e-4
-"""Relative difference of losses after 18 steps on one rank instead of two: float32 sums in another order."""
+TOLERANCE = 2e-5
+"""Relative difference of losses where a part of the steps is done on one rank instead of two: float32 sums in another order."""
 
 
 @pytest.fixture(scope="module")
