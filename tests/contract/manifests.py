@@ -420,6 +420,8 @@ class Change(NamedTuple):
     says: tuple[str, ...] = ()
     suspended: bool = False
     """Whether the job was suspended before."""
+    old: dict[str, Any] = {}
+    """Laid over the old spec."""
 
 
 def _another(name: str, value: Any) -> Change:
@@ -458,6 +460,17 @@ CHANGES: dict[str, Change] = {
     "trainer while suspended": Change({"trainer": {"numNodes": 1, "numProcPerNode": 4}}, suspended=True),
     "trainer and resumed at once": Change({"trainer": {"numNodes": 1}, "suspend": False}, suspended=True),
     "trainer with its defaults written out": Change({"trainer": {"numNodes": 2, "numProcPerNode": 1}}),
+    "other ranks with an 8-bit optimizer": Change(
+        {"trainer": {"numNodes": 1}},
+        ("`training.optimizer: AdamW8bit/PagedAdamW8bit`", "quantised in blocks"),
+        suspended=True,
+        old={"training": {"optimizer": "AdamW8bit"}},
+    ),
+    "other nodes with an 8-bit optimizer": Change(
+        {"trainer": {"numNodes": 1, "numProcPerNode": 2, "nodeSelector": {"gpu": "h100"}}},
+        suspended=True,
+        old={"training": {"optimizer": "AdamW8bit"}},
+    ),
     "ranks that do not divide": Change(
         {"trainer": {"numNodes": 3}}, ("`training.globalBatchSize` must be a multiple of",), suspended=True
     ),
@@ -471,7 +484,7 @@ CHANGES: dict[str, Change] = {
 
 def before(change: Change) -> dict[str, Any]:
     """The job before a change, as it was written. No operator touches it."""
-    spec = {**GOOD["spec"], "suspend": change.suspended, "managedBy": "example.com/nobody"}
+    spec = _merged({**GOOD["spec"], "suspend": change.suspended, "managedBy": "example.com/nobody"}, change.old)
     return {**GOOD, "metadata": {"name": "changed"}, "spec": spec}
 
 

@@ -64,6 +64,12 @@ class FineTuneJobSpec(ApiModel):
                 " and set `suspend: false`",
             ),
             (
+                "!(self.training.optimizer in ['AdamW8bit', 'PagedAdamW8bit']) || self.trainer.numNodes"
+                " * self.trainer.numProcPerNode == oldSelf.trainer.numNodes * oldSelf.trainer.numProcPerNode",
+                "with `training.optimizer: AdamW8bit/PagedAdamW8bit` the number of ranks (`trainer.numNodes` x"
+                " `trainer.numProcPerNode`) cannot be changed: their state is quantised in blocks that cannot be cut elsewhere",
+            ),
+            (
                 "self.method in ['LoRA', 'QLoRA'] || !has(self.adapter)",
                 "`adapter` is only for `method: LoRA` and `method: QLoRA`; remove it",
             ),
