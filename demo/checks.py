@@ -1,7 +1,7 @@
 """`make test` and `make lint`: prepares what the tests need side by side, runs them, and closes with one summary line.
 
 Standard library only: it starts before the Python environment is there. Tests that need no cluster run while cluster and
-images are prepared.
+images are prepared, and beside the cluster's own, which wait more than they compute.
 """
 
 import os
@@ -77,7 +77,6 @@ def test(arguments: Sequence[str]) -> int:
     try:
         with LineBoard() as board:
             run_all(_steps(outcome, arguments), board)
-        _pytest(outcome, "cluster", ["-m", "cluster", *arguments])
     except CommandError as error:
         hint = f"\n  hint: {error.hint}" if error.hint else ""
         print(f"\nfailed: {error}{hint}", file=sys.stderr)
@@ -100,16 +99,20 @@ def _steps(outcome: Outcome, arguments: Sequence[str]) -> list[Step]:
         return _lint(outcome, log)
 
     def fast_tests(log: Path) -> str:
-        # Files stay together: their module fixtures are expensive.
+        # Files stay together: their module fixtures are expensive. The cluster's tests, which take longer, go first.
         options = ["-m", "not cluster and not gpu", "-n", "2", "--dist", "loadfile", "-q", *arguments]
-        _pytest(outcome, "fast", options, log)
-        return commands.last_line(log).strip("= ")
+        return _pytest(outcome, "fast", options, log, niceness=10)
 
+    def cluster_tests(log: Path) -> str:
+        return _pytest(outcome, "cluster", ["-m", "cluster", *arguments], log, show=True)  # it has measured something
+
+    setup = [step for step in Setup().steps() if step.name in ("cluster", "build", "operator", "trainer")]
     steps = [
         Step("python", "packages from uv.lock, with torch", "8 min, then 1 s", prepare),
-        *(step for step in Setup().steps() if step.name in ("cluster", "build", "operator", "trainer")),
+        *setup,
         Step("lint", "format, lint, types, import rules", "1 min", lint, ["python"]),
-        Step("tests", "tests that need no cluster", "4 min", fast_tests, ["python"]),
+        Step("fast", "tests that need no cluster", "10 min", fast_tests, ["python"]),
+        Step("tests", "tests in the cluster", "17 min", cluster_tests, ["python", *(step.name for step in setup)]),
     ]
     for step in steps:
         step.log = _log(step.name)
@@ -129,22 +132,21 @@ def _lint(outcome: Outcome, log: Path) -> str:
     return f"failed: {', '.join(failed)}" if failed else "clean"
 
 
-def _pytest(outcome: Outcome, name: str, options: Sequence[str], log: Path | None = None) -> None:
-    """Runs pytest, shown as it goes or, with `log`, only when it fails."""
+def _pytest(
+    outcome: Outcome, name: str, options: Sequence[str], log: Path, *, niceness: int = 0, show: bool = False
+) -> str:
+    """Runs pytest into a log and returns its last line; the log is printed if it failed, or if `show` says so."""
     report = LOGS / f"{name}.xml"
     report.unlink(missing_ok=True)
     outcome.reports.append(report)
-    command: list[str | Path] = [PYTHON, "-m", "pytest", f"--junitxml={report}", *options]
-    environment_ = {**os.environ, "PYTHONPATH": str(ROOT)}
-    if log is None:
-        status = commands.status(command, None, environment_)
-    else:
-        with log.open("w") as output:
-            status = commands.status(command, output, environment_)
+    command: list[str | Path] = ["nice", "-n", str(niceness), PYTHON, "-m", "pytest", f"--junitxml={report}", *options]
+    with log.open("w") as output:
+        status = commands.status(command, output, {**os.environ, "PYTHONPATH": str(ROOT)})
     if status not in (0, NO_TESTS):
         outcome.failed.append(f"{name} tests")
-        if log is not None:
-            print(log.read_text(), flush=True)
+    if show or status not in (0, NO_TESTS):
+        print(log.read_text(), flush=True)
+    return commands.last_line(log).strip("= ")
 
 
 def _log(name: str) -> Path:
