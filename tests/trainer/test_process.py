@@ -134,7 +134,7 @@ def test_the_rank_that_hangs_is_named_not_the_one_that_waits(
     report = TerminationReport.model_validate(pod.report)
     assert report.reason is Reason.HANG and report.rank == 1
     assert re.match(
-        rf"no heartbeat for \d s while Training after step \d+ \(limit {limit} s\); it answers", report.message
+        rf"rank 1: no heartbeat for \d s while Training after step \d+ \(limit {limit} s\); it answers", report.message
     )
     assert "stacks of rank 1:\nit does not answer" in pod.log
     with pytest.raises(ProcessLookupError):
@@ -147,7 +147,7 @@ def test_a_rank_that_hangs_in_its_own_code_is_told_by_its_stack(
     """Both give no sign of life, and the one that hangs gave its last one later."""
     monkeypatch.setenv("TEST_HOOK", "tests.trainer.hang_hook")
     pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=500, hangTimeoutSeconds=3)
-    assert pod.wait() == FAILURES[Reason.HANG].exit_code
+    assert pod.wait() == FAILURES[Reason.HANG].exit_code, pod.log
     report = TerminationReport.model_validate(pod.report)
     assert (report.reason, report.rank) == (Reason.HANG, 1), pod.log
     assert "hang_hook.py" in report.traceback.splitlines()[1], "innermost first"

@@ -2,8 +2,6 @@
 
 import hashlib
 import json
-import os
-import signal
 from pathlib import Path
 from typing import Any
 
@@ -163,13 +161,3 @@ def test_sigterm_while_loading_leaves_at_once(start: StartPod) -> None:
     pod.terminate()
     assert pod.wait(5) == 143
     assert "while loading" in pod.report["message"]
-
-
-def test_a_rank_that_hangs_is_found_and_all_stacks_are_dumped(start: StartPod) -> None:
-    pod = start(**TWO, hangTimeoutSeconds=2, training__maxSteps=4000, checkpoint__everySteps=5000)
-    state = pod.wait_for_step(2, rank=1)
-    os.kill(state.pid, signal.SIGSTOP)
-    assert pod.wait(30) == FAILURES[Reason.HANG].exit_code, pod.log
-    assert "no heartbeat" in pod.report["message"]
-    assert "most recent call first" in pod.log
-    assert "train_step" in pod.log

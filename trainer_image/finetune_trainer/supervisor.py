@@ -30,6 +30,8 @@ from finetune_trainer.state import RankState, read_failure, read_state
 POLL_SECONDS = 0.05
 SETTLE_SECONDS = 0.3
 """A lost peer is noticed by the others within milliseconds: so long a better cause than `CommunicationError` is awaited."""
+OF_ONE_RANK = (Reason.OUT_OF_MEMORY_GPU, Reason.HARDWARE_FAULT, Reason.COMMUNICATION_ERROR, Reason.CODE_ERROR)
+"""Which rank it was says which GPU to look at; what is wrong with a field or a file is wrong on all of them."""
 WATCHED = (Activity.TRAINING, Activity.EVALUATING, Activity.CHECKPOINTING)
 log = logging.getLogger("finetune_trainer")
 
@@ -126,7 +128,8 @@ def _hung(spec: LaunchSpec, gang: Gang, scratch: Path, limit: float) -> Outcome 
     first = hang.culprit([state for state in watched if _silence(state) > limit / 2], stacks)
     found = stacks.get(first.rank, "")
     silence = (
-        f"no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step} (limit {limit:.0f} s)"
+        f"rank {first.rank}: no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step} "
+        f"(limit {limit:.0f} s)"
     )
     if spec.num_nodes > 1 and hang.waits(found):
         return Outcome(Reason.COMMUNICATION_ERROR, f"all ranks of this pod wait for other pods: {silence}", first.rank)
@@ -157,7 +160,8 @@ def _cause(spec: LaunchSpec, rank: int, code: int, scratch: Path) -> tuple[float
     """When and why one rank ended."""
     failure = read_failure(scratch, rank)
     if failure is not None:
-        return failure.time, Outcome(failure.reason, failure.message, rank, failure.traceback)
+        where = f"rank {rank}: " if failure.reason in OF_ONE_RANK and spec.world_size > 1 else ""
+        return failure.time, Outcome(failure.reason, where + failure.message, rank, failure.traceback)
     state, limit = read_state(scratch, rank), spec.communication_timeout_seconds
     if code == -signal.SIGABRT and state is not None and _silence(state) > limit - SETTLE_SECONDS:
         # NCCL's watchdog aborts the process without a word to Python.
