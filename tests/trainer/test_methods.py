@@ -188,7 +188,11 @@ def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (10_000, 3)]
     for parameter in parameters:
         parameter.grad = torch.randn_like(parameter)
-    exact = torch.cat([p.grad.float() for p in parameters if p.grad is not None]).norm().item()
+    before = torch.cat([p.grad.float() for p in parameters if p.grad is not None])
+    exact = before.norm().item()
+    for enough in (2 * exact, float("inf")):
+        assert engine._clip_gradients(parameters, enough).item() == pytest.approx(exact, rel=1e-6)
+        assert torch.equal(torch.cat([p.grad.float() for p in parameters if p.grad is not None]), before)
     assert engine._clip_gradients(parameters, 1.0).item() == pytest.approx(exact, rel=1e-6)
     after = torch.cat([p.grad.float() for p in parameters if p.grad is not None]).norm().item()
     assert after == pytest.approx(1.0, rel=5e-3)

@@ -123,5 +123,9 @@ def _clip_gradients(parameters: list[torch.nn.Parameter], max_grad_norm: float) 
         return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
-    torch._foreach_mul_(gradients, torch.clamp(max_grad_norm / (norm + 1e-6), max=1.0))
+    factor = max_grad_norm / (norm + 1e-6)
+    if (
+        factor < 1
+    ):  # waits for the device, as reading the norm does; a product with 1 would move all gradients for nothing
+        torch._foreach_mul_(gradients, factor)
     return norm
