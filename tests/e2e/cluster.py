@@ -1,6 +1,7 @@
 """The cluster under test: the installed operator, the volume, and ways to disturb them."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -22,14 +23,14 @@ def cluster_command(*arguments: str, timeout: float = 900) -> str:
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True).stdout
 
 
-def kill_rank(kubectl: Kubectl, pod: str) -> float:
-    """SIGKILL to the last rank of a pod, as the kernel's OOM killer would do it; returns when, on the monotonic clock."""
+def kill_rank(kubectl: Kubectl, pod: str, number: int = signal.SIGKILL) -> float:
+    """A signal to the last rank of a pod, SIGKILL as the kernel's OOM killer would; returns when, on the monotonic clock."""
     script = (
         "import os, pathlib, time\n"
         "ranks = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ')\n"
         "         if b'LOCAL_RANK=' in p.read_bytes() and int(p.parent.name) != os.getpid()]\n"
         "print(time.monotonic())\n"
-        "os.kill(max(ranks), 9)\n"
+        f"os.kill(max(ranks), {int(number)})\n"
     )
     return float(kubectl.exec(pod, "python", "-c", script))
 

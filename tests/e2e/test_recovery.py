@@ -5,6 +5,7 @@ final losses with those of a job that nobody touched. What was lost and how long
 A job that goes on with another number of ranks has the same losses but for the order of sums.
 """
 
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -47,6 +48,10 @@ def kill_one_rank(cluster: Cluster, job: Job) -> None:
     kill_rank(cluster.kubectl, job.pods()[1]["metadata"]["name"])
 
 
+def stop_one_rank(cluster: Cluster, job: Job) -> None:
+    kill_rank(cluster.kubectl, job.pods()[1]["metadata"]["name"], signal.SIGSTOP)
+
+
 def evict(cluster: Cluster, job: Job) -> None:
     cluster.evict(job.pods()[0]["metadata"]["name"])
 
@@ -56,6 +61,7 @@ def evict(cluster: Cluster, job: Job) -> None:
     [
         ("pod-deleted", delete_pod, "PodDeleted"),
         ("rank-killed", kill_one_rank, "RankKilled"),
+        ("rank-hung", stop_one_rank, "Hang"),
         ("evicted", evict, "Evicted"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -68,7 +74,8 @@ def test_gang_restarts(
     disturb: Callable[[Cluster, Job], None],
     reason: str,
 ) -> None:
-    job = start(cluster.kubectl, name, SPEC)
+    limits = {"recovery": {"hangTimeoutSeconds": 10}} if reason == "Hang" else {}
+    job = start(cluster.kubectl, name, {**SPEC, **limits})
     job.wait_step(BREAK_AT)
     at = now()
     disturb(cluster, job)

@@ -154,6 +154,23 @@ def test_a_rank_that_hangs_in_its_own_code_is_told_by_its_stack(
     assert "distributed_c10d.py" in pod.log, "the other one waits"
 
 
+def test_a_pod_that_waits_lets_the_one_speak_that_it_waits_for(
+    server: jobs.ForkServer, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The operator restarts the gang at the first pod's word."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
+    spec = jobs.launch(
+        tmp_path, assets.model, assets.train, numNodes=2, training__microBatchSize=1, training__maxSteps=500,
+        hangTimeoutSeconds=3,
+    )  # fmt: skip
+    pods = [jobs.Pod(tmp_path, {**spec, "httpPort": jobs.free_port()}, server, node=node) for node in (0, 1)]
+    os.kill(pods[1].wait_for_step(3, rank=1).pid, signal.SIGSTOP)
+    assert pods[1].wait(20) == FAILURES[Reason.HANG].exit_code, pods[1].log
+    assert pods[0].wait(20) == FAILURES[Reason.COMMUNICATION_ERROR].exit_code, pods[0].log
+    assert pods[1].report_file.stat().st_mtime < pods[0].report_file.stat().st_mtime
+    assert "stacks of rank 0" in pods[0].log, "it had noticed"
+
+
 def test_the_watchdog_of_nccl_is_told_from_a_kill(tmp_path: Path) -> None:
     spec = LaunchSpec.model_validate(jobs.launch(tmp_path, tmp_path, tmp_path, communicationTimeoutSeconds=5))
     status = StateWriter(tmp_path, 0, 1)

@@ -86,7 +86,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda number, _frame: stops.append(number))
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, file=stack_path(scratch, rank).open("w"), all_threads=True)
+    faulthandler.register(signal.SIGUSR1, file=stack_path(scratch, rank).open("a"), all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives its supervisor
     setup_logging(rank)
     spec = read_launch(launch_file)

@@ -22,6 +22,7 @@ from finetune_trainer import hang, server
 from finetune_trainer.config import read_launch
 from finetune_trainer.errors import TrainerError, classify, short_traceback
 from finetune_trainer.gang import Gang
+from finetune_trainer.hang import HangWatch, Suspect
 from finetune_trainer.logs import setup_logging
 from finetune_trainer.readahead import read_ahead
 from finetune_trainer.report import termination_report
@@ -32,7 +33,6 @@ SETTLE_SECONDS = 0.3
 """A lost peer is noticed by the others within milliseconds: so long a better cause than `CommunicationError` is awaited."""
 OF_ONE_RANK = (Reason.OUT_OF_MEMORY_GPU, Reason.HARDWARE_FAULT, Reason.COMMUNICATION_ERROR, Reason.CODE_ERROR)
 """Which rank it was says which GPU to look at; what is wrong with a field or a file is wrong on all of them."""
-WATCHED = (Activity.TRAINING, Activity.EVALUATING, Activity.CHECKPOINTING)
 log = logging.getLogger("finetune_trainer")
 
 
@@ -90,6 +90,7 @@ def main(arguments: list[str], stop_requests: list[int]) -> int:
 def watch(spec: LaunchSpec, gang: Gang, scratch: Path, stop_requests: list[int]) -> Outcome:
     """Waits for the ranks' end, whatever it is."""
     kill_at = float("inf")
+    hangs = HangWatch(gang, scratch, spec.hang_timeout_seconds, alone=spec.num_nodes == 1)
     while True:
         exits = gang.exits()
         if any(exits.values()):
@@ -105,8 +106,8 @@ def watch(spec: LaunchSpec, gang: Gang, scratch: Path, stop_requests: list[int])
             gang.signal(signal.SIGTERM)
         if time.monotonic() > kill_at:
             return Outcome(Reason.TERMINATED, "asked to stop; the step or its checkpoint outlasted the grace period")
-        if hung := _hung(spec, gang, scratch, spec.hang_timeout_seconds):
-            return hung
+        if suspect := hangs.look():
+            return _of_hang(spec, suspect)
         time.sleep(POLL_SECONDS)
 
 
@@ -115,30 +116,12 @@ def _loading(gang: Gang, scratch: Path) -> bool:
     return any(state is None or state.activity == Activity.LOADING for state in states)
 
 
-def _hung(spec: LaunchSpec, gang: Gang, scratch: Path, limit: float) -> Outcome | None:
-    """What is to be said if a rank has given no sign of life for so many seconds; the stacks of all are then in the log."""
-    exits = gang.exits()
-    states = [state for rank in gang.processes if rank not in exits and (state := read_state(scratch, rank))]
-    watched = [state for state in states if state.activity in WATCHED]
-    if not any(_silence(state) > limit for state in watched):
-        return None
-    stacks = hang.ask_for_stacks(gang, scratch)
-    for rank, text in stacks.items():
-        log.error("stacks of rank %d:\n%s", rank, text or "it does not answer")
-    first = hang.culprit([state for state in watched if _silence(state) > limit / 2], stacks)
-    found = stacks.get(first.rank, "")
-    silence = (
-        f"rank {first.rank}: no heartbeat for {_silence(first):.0f} s while {first.activity} after step {first.step} "
-        f"(limit {limit:.0f} s)"
-    )
-    if spec.num_nodes > 1 and hang.waits(found):
-        return Outcome(Reason.COMMUNICATION_ERROR, f"all ranks of this pod wait for other pods: {silence}", first.rank)
-    hint = "" if found else "; it answers no signal: stopped, or stuck in the kernel"
-    return Outcome(Reason.HANG, silence + hint, first.rank, hang.main_thread(found)[:TRACEBACK_LIMIT])
-
-
-def _silence(state: RankState) -> float:
-    return time.monotonic() - state.heartbeat_monotonic
+def _of_hang(spec: LaunchSpec, suspect: Suspect) -> Outcome:
+    rank, stack = suspect.state.rank, suspect.stack[:TRACEBACK_LIMIT]
+    if spec.num_nodes > 1 and suspect.waits:
+        message = f"all ranks of this pod wait for other pods: {suspect.message}"
+        return Outcome(Reason.COMMUNICATION_ERROR, message, rank, stack)
+    return Outcome(Reason.HANG, suspect.message, rank, stack)
 
 
 def _first_cause(spec: LaunchSpec, gang: Gang, scratch: Path) -> Outcome:
@@ -151,8 +134,9 @@ def _first_cause(spec: LaunchSpec, gang: Gang, scratch: Path) -> Outcome:
         causes = [_cause(spec, rank, code, scratch) for rank, code in gang.exits().items() if code != 0]
         firsts = [c for c in causes if c[1].reason is not Reason.COMMUNICATION_ERROR]
         if firsts or time.monotonic() > deadline:
-            hung = None if firsts else _hung(spec, gang, scratch, spec.communication_timeout_seconds - SETTLE_SECONDS)
-            return hung or min(firsts or causes, key=lambda c: c[0])[1]
+            limit = spec.communication_timeout_seconds - SETTLE_SECONDS
+            hung = None if firsts else hang.suspect(gang, scratch, limit)
+            return _of_hang(spec, hung) if hung else min(firsts or causes, key=lambda c: c[0])[1]
         time.sleep(0.01)
 
 
@@ -163,7 +147,11 @@ def _cause(spec: LaunchSpec, rank: int, code: int, scratch: Path) -> tuple[float
         where = f"rank {rank}: " if failure.reason in OF_ONE_RANK and spec.world_size > 1 else ""
         return failure.time, Outcome(failure.reason, where + failure.message, rank, failure.traceback)
     state, limit = read_state(scratch, rank), spec.communication_timeout_seconds
-    if code == -signal.SIGABRT and state is not None and _silence(state) > limit - SETTLE_SECONDS:
+    if (
+        code == -signal.SIGABRT
+        and state is not None
+        and time.monotonic() - state.heartbeat_monotonic > limit - SETTLE_SECONDS
+    ):
         # NCCL's watchdog aborts the process without a word to Python.
         message = f"no answer from the other ranks within {limit} s"
         return time.monotonic(), Outcome(Reason.COMMUNICATION_ERROR, message, rank)
