@@ -1,12 +1,12 @@
 """Does fine-tuning teach, and how far is QLoRA from LoRA? LoRA, QLoRA and Full on real weights and real data.
 
-    .venv/bin/python benchmarks/quality.py [--steps 20] [--problems 164] [--only LoRA ...] [--json FILE]
+    .venv/bin/python benchmarks/quality.py [--steps 40] [--problems 164] [--only LoRA ...] [--json FILE]
 
 Model: SmolLM2-135M-Instruct. Training data: the functions with doctests of the package `algorithms` (MIT; signature and docstring
 in, body out), those named like one of HumanEval's left out; every eighth of its modules is held out. pass@1: all of HumanEval,
 greedy, one answer for each problem. All three methods see the same rows in the same order. Each is a FineTuneJob run by `finetune
 run`; the figures before the first step and after the last are the product's own (`train_result.json`). On a GPU it computes in
-BF16 with one rank, else in FP32 with a rank on each of two cores (about 25 minutes). Models, data and jobs are kept in --folder.
+BF16 with one rank, else in FP32 with a rank on each of two cores (about 45 minutes). Models, data and jobs are kept in --folder.
 
 Prints a table in Markdown, and with --json writes all figures. Exit status 1 if a held-out loss did not fall, or QLoRA's ends
 further from LoRA's than DISTANCE.
@@ -32,7 +32,7 @@ from demo.preflight import cache_dir
 from finetune_operator.local.process import num_gpus
 
 DISTANCE = 0.1
-"""Held-out loss in nats for a token that QLoRA may end above LoRA. On so small a model NF4 alone costs about half of it."""
+"""Held-out loss in nats for a token that QLoRA may end above LoRA. NF4 alone costs so small a model 0.26 before training."""
 HELD_OUT_SHARE = 8
 MAX_CHARACTERS = 1500
 CLAIM = "quality"
@@ -51,7 +51,7 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> int:
     """Runs the jobs and prints the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each method")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each method")
     parser.add_argument("--problems", type=int, default=164, help="of HumanEval, from the start")
     parser.add_argument("--max-new-tokens", type=int, default=256, help="length of an answer at most")
     parser.add_argument("--only", nargs="*", default=list(METHODS), choices=METHODS, help="only these methods")
