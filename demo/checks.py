@@ -111,8 +111,8 @@ def _steps(outcome: Outcome, arguments: Sequence[str]) -> list[Step]:
         Step("python", "packages from uv.lock, with torch", "8 min, then 1 s", prepare),
         *setup,
         Step("lint", "format, lint, types, import rules", "1 min", lint, ["python"]),
-        Step("fast", "tests that need no cluster", "10 min", fast_tests, ["python"]),
-        Step("tests", "tests in the cluster", "17 min", cluster_tests, ["python", *(step.name for step in setup)]),
+        Step("fast", "tests that need no cluster", "5 min", fast_tests, ["python"]),
+        Step("tests", "tests in the cluster", "13 min", cluster_tests, ["python", *(step.name for step in setup)]),
     ]
     for step in steps:
         step.log = _log(step.name)
