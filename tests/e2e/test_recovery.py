@@ -157,6 +157,8 @@ def _finish(cluster: Cluster, job: Job, unbroken: Result, table: list[Row], reas
     assert second["fromStep"] > 0, "the second attempt resumed from a checkpoint"
     assert status["restarts"] == 1
     assert cluster.result(job) == unbroken
+    if first["lostSteps"]:
+        assert "done again after the restart: the same losses and gradient norms to the bit." in status["message"]
     table.append(Row(job.name, reason, detected, running, training, first["lostSteps"]))
 
 

@@ -93,6 +93,7 @@ def test_killed_and_resumed_is_identical(
     assert report["resumedFromStep"] in (2, 4)
     assert weights(killed.folder) == weights(whole.folder)
     assert losses(killed.folder) == losses(whole.folder)
+    assert "done again after the restart: the same losses and gradient norms to the bit." in report["message"]
     for name in ("loss", "evalLoss", "baseEvalLoss"):
         assert report[name] == unbroken[name], name
 

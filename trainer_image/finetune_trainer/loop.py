@@ -117,7 +117,7 @@ class Training:
         """Loads the best checkpoint if that is to be the result. Returns the step of what will be exported."""
         selection, step = self.spec.selection, self.progress.step
         best = best_step(self.progress.metrics, selection.metric)
-        notes = [self.progress.note] if self.progress.note else []
+        notes = []
         if step < self.order.total_steps:
             notes.append(
                 f"Stopped early after {step} of {self.order.total_steps} steps: {selection.metric} has not improved in "
@@ -128,9 +128,11 @@ class Training:
                 self.checkpoints.load_step(self.engine, best)
                 notes.append(f"The output is the checkpoint of step {best}, the best by {selection.metric}.")
             step = best
-        if notes:
-            log.info("%s", " ".join(notes))
-        self.status.beat(note=" ".join(notes))
+        notes += [self.progress.note, self.journal.replay.verdict if self.journal is not None else ""]
+        note = " ".join(filter(None, notes))
+        if note:
+            log.info("%s", note)
+        self.status.beat(note=note)
         return step
 
     def _stopped_early(self) -> bool:

@@ -281,7 +281,7 @@ def prepare_training(
         checkpoints=checkpoints,
         progress=progress,
         status=status,
-        journal=Journal(root, spec.attempt) if world.is_first else None,
+        journal=Journal(root, spec.attempt, progress.step) if world.is_first else None,
         stop_requested=stop_requested,
         device_facts=DeviceFacts(world.device),
         startup=startup,

@@ -391,7 +391,7 @@ def test_success_tells_an_early_stop_and_the_metrics() -> None:
     world.set_pod(ended(index=0, message=message))
     world.step(1)
     assert words(world) == (State.COMPLETE, "Complete")
-    assert (world.job.status.message or "").startswith(words_of_trainer + " Training loss 1.2 after 30 steps. Output: ")
+    assert (world.job.status.message or "").startswith(f"Training loss 1.2 after 30 steps. {words_of_trainer} Output: ")
     assert world.job.status.progress is not None
     (shown,) = world.job.status.progress.metrics
     assert shown.to_wire() == {"name": "HumanEvalPassAt1", "value": "0.25", "baseValue": "0.125", "step": 30}

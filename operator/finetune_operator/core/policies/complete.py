@@ -1,6 +1,6 @@
 """Success: every pod of the gang succeeded."""
 
-from finetune_api.status import ConditionType
+from finetune_api.status import ConditionType, ProgressStatus
 from finetune_operator.core.attempts import absorb_reports, replace_last
 from finetune_operator.core.failures import parse_report
 from finetune_operator.core.lifecycle import finish
@@ -19,9 +19,7 @@ def complete(s: Situation) -> Plan | None:
     if report is not None:
         status = take_result(status, report, s.now)
     status = replace_last(status, end_time=s.now, lost_steps=0)
-    message = _message(s.with_status(status))
-    if report is not None and report.message:
-        message = f"{report.message} {message}"
+    message = _message(s.with_status(status), report.message if report is not None else "")
     status = finish(s.with_status(status), ConditionType.COMPLETE, REASON, message)
     return Plan(status, events=(Event("Normal", REASON, message),), requeue_after=_ttl(s))
 
@@ -35,16 +33,17 @@ def _succeeded(s: Situation) -> bool:
     return s.child is not None and s.child.complete and not waits
 
 
-def _message(s: Situation) -> str:
-    progress, output = s.status.progress, f"Output: {s.job.spec.output.uri}"
-    if progress is None:
-        return output
-    steps = f"after {progress.step} steps"
+def _message(s: Situation, note: str) -> str:
+    """The result, what the trainer has to say about it, and where it is."""
+    result = _result(s.status.progress) if s.status.progress is not None else ""
+    return " ".join(filter(None, [result, note, f"Output: {s.job.spec.output.uri}"]))
+
+
+def _result(progress: ProgressStatus) -> str:
+    steps = f"{progress.step} steps"
     if progress.base_eval_loss is not None and progress.eval_loss is not None:
-        return f"Held-out loss {progress.base_eval_loss} before, {progress.eval_loss} {steps}. {output}"
-    if progress.loss is not None:
-        return f"Training loss {progress.loss} {steps}. {output}"
-    return f"Trained {steps.removeprefix('after ')}. {output}"
+        return f"Held-out loss {progress.base_eval_loss} before, {progress.eval_loss} after {steps}."
+    return f"Trained {steps}." if progress.loss is None else f"Training loss {progress.loss} after {steps}."
 
 
 def _ttl(s: Situation) -> float | None:
