@@ -81,6 +81,13 @@ def test_a_real_process_from_launch_file_to_adapter(assets: Assets, tmp_path: Pa
     assert not list(pod.scratch.glob("finetune-*")), "nothing is left in /tmp"
 
 
+def listeners(port: int) -> set[str]:
+    """The addresses at which somebody on this machine listens on a TCP port."""
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    places = [line[1].split(":") for line in lines if line[3] == "0A"]
+    return {".".join(str(byte) for byte in bytes.fromhex(host)[::-1]) for host, at in places if int(at, 16) == port}
+
+
 def test_progress_and_metrics_of_every_rank(start: StartPod) -> None:
     pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=4000, checkpoint__everySteps=5)
     pod.wait_for(lambda state: state.step > 6 and state.checkpoints > 0)
@@ -100,6 +107,7 @@ def test_progress_and_metrics_of_every_rank(start: StartPod) -> None:
     activities = families["finetune_activity"].samples
     assert sum(sample.value for sample in activities if sample.labels["rank"] == "0") == 1
 
+    assert listeners(pod.spec["rendezvous"]["port"]) == {"127.0.0.1"}, "nobody else can join a gang of one node"
     pod.kill_rank(1)
     killed = time.monotonic()
     assert pod.wait() == 90

@@ -137,6 +137,7 @@ def connect(spec: LaunchSpec) -> World:
         is_master=rank == 0,
         timeout=START_TIMEOUT,
         wait_for_workers=False,
+        master_listen_fd=_listen_here(spec.rendezvous.port) if rank == 0 and spec.num_nodes == 1 else None,
     )
     store.add("joined", 1)
     while store.add("joined", 0) < spec.world_size:
@@ -160,6 +161,11 @@ def connect(spec: LaunchSpec) -> World:
         store=PrefixStore("ours", store),
         control=control,
     )
+
+
+def _listen_here(port: int) -> int:
+    """A listening socket that only this machine reaches: the store knows no password, and by itself listens everywhere."""
+    return socket.create_server(("127.0.0.1", port), backlog=512).detach()
 
 
 def limit_waits(spec: LaunchSpec) -> None:
