@@ -57,6 +57,23 @@ def test_everything_that_changes_tokens_makes_another_entry(tmp_path: Path) -> N
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.name.startswith(".")]
 
 
+def test_what_nobody_uses_for_long_is_deleted(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    used, unused, in_use = cache.get(48), cache.get(40), cache.get(32)
+    for folder in (used, unused, in_use):
+        os.utime(tmp_path / "cache" / "locks" / f"tokens-{folder.name}.lock", (0, 0))
+    assert cache.get(48) == used and unused.exists(), "nothing is looked for where nothing is added"
+    program = "import fcntl, sys; f = open(sys.argv[1], 'r+'); fcntl.lockf(f, fcntl.LOCK_EX); print('ready', flush=True); input()"
+    lock = tmp_path / "cache" / "locks" / f"tokens-{in_use.name}.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", program, str(lock)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline() == "ready\n"
+        added = cache.get(24)
+        holder.communicate("\n")
+    assert [folder.exists() for folder in (used, unused, in_use, added)] == [True, False, True, True]
+
+
 @pytest.mark.parametrize("damage", ["bit", "count", "cut", "meta", "missing"])
 def test_a_damaged_entry_is_built_again_and_said(tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture) -> None:
     cache = Cache(tmp_path)

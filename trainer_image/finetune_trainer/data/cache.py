@@ -4,14 +4,16 @@ An entry is a folder named after everything that it depends on, written beside i
 or not there. One process of all pods builds it at a time.
 """
 
+import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
 import socket
+import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -26,6 +28,8 @@ from finetune_trainer.hub import locked
 
 VERSION = 2
 """Of this package's reading, rendering, masking and cutting. A change that gives other tokens needs another number."""
+UNUSED_SECONDS = 90 * 86400
+"""An attempt maps its entry for as long as it trains, and a file that is gone from a network volume cannot be read on."""
 _LIBRARIES = ("transformers", "tokenizers", "jinja2")
 log = logging.getLogger("finetune_trainer")
 
@@ -121,7 +125,21 @@ def cached_store(
             shutil.rmtree(temporary, ignore_errors=True)
             raise
         fsync_path(folder.parent)
+    _forget_unused(cache_dir)
     return folder
+
+
+def _forget_unused(cache_dir: Path) -> None:
+    """Deletes the entries that no attempt has begun with for long. A lock is as old as its entry's last use."""
+    for path in (cache_dir / "locks").glob("tokens-*.lock"):
+        with suppress(OSError), path.open("r+") as file:
+            fcntl.lockf(
+                file, fcntl.LOCK_EX | fcntl.LOCK_NB
+            )  # raises where it is in use, as `open` where it is another user's
+            entry = cache_dir / "tokens" / path.stem.removeprefix("tokens-")
+            if time.time() - path.stat().st_mtime > UNUSED_SECONDS and entry.exists():
+                shutil.rmtree(entry, ignore_errors=True)
+                log.info("tokenised data: %s was not used for %d days and is deleted", entry, UNUSED_SECONDS // 86400)
 
 
 def _usable(folder: Path, beat: Callable[[], None]) -> bool:
