@@ -126,7 +126,8 @@ def main() -> int:
             print(f"{name}: {results[name]}", flush=True)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1))
-        server.stop()
+        if server is not None:
+            server.stop()
     failed = {name: r for name, r in results.items() if not r.get("trains") and not r["refused"]}
     ran = [r for r in results.values() if "trains" in r]
     print(f"{len(results)} cases: {sum(r['trains'] for r in ran)} of {len(ran)} train, ", end="")

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.jobs import SHAPES, tiny, write_model
+from benchmarks.jobs import SHAPES, write_model
 from benchmarks.local_job import LocalJob
 from finetune_trainer.data.order import RowOrder
+from tests.trainer import tiny
 
 SEED = 42
 STEPS, BREAK_AT, LONG_AT, EVERY = 16, 7, 12, 5
@@ -86,9 +88,9 @@ def main() -> int:
         status = unbroken.exit_status(400)
         assert status == 0, f"{unbroken.said}\n{unbroken.log[-3000:]}"
         runs: dict[str, Callable[[LocalJob], dict[str, Any]]] = {
-            **{name: (lambda job, d=d: _disturb(job, d)) for name, d in DISTURBANCES.items()},
-            "interrupted": lambda job: _interrupt(job, options.ranks),
-            "fewer-ranks": lambda job: _interrupt(job, options.ranks // 2),
+            **{name: partial(_disturb, disturbance=d) for name, d in DISTURBANCES.items()},
+            "interrupted": partial(_interrupt, ranks=options.ranks),
+            "fewer-ranks": partial(_interrupt, ranks=options.ranks // 2),
         }
         for name, run in runs.items():
             if (options.only and name not in options.only) or (name == "out-of-memory" and not cuda):

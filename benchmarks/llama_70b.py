@@ -23,10 +23,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.jobs import SHAPES, tiny, write_model
+from benchmarks.jobs import SHAPES, write_model
 from benchmarks.local_job import LocalJob
 from benchmarks.scaling import told
-from tests.trainer import published
+from tests.trainer import published, tiny
 
 EARLIER = ("llama2-70b-full", "llama2-70b-lora-r8")
 LAST = "llama2-70b-lora-zero3"

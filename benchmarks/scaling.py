@@ -114,7 +114,7 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         job.end()
     steps = job.steps[before : before + options.steps]
     speed = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
-    told = [traces.read(file) for file in sorted((root / "traces").glob(f"{name}-*/attempt-1/rank-*.json.gz"))]
+    traced = [traces.read(file) for file in sorted((root / "traces").glob(f"{name}-*/attempt-1/rank-*.json.gz"))]
     return {
         **result,
         "tokens_per_second": round(speed, 1),
@@ -122,7 +122,7 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         "step_seconds_median": round(statistics.median(step["seconds"] for step in steps), 4),
         "losses": [round(step["loss"], 4) for step in job.steps],
         "peak_gib": [round(job.peak_bytes[rank] / 2**30, 2) for rank in range(ranks)],
-        "communication": [{key: round(value, 4) for key, value in asdict(rank).items()} for rank in told],
+        "communication": [{key: round(value, 4) for key, value in asdict(rank).items()} for rank in traced],
         "log": told(job.log),
     }
 

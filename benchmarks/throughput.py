@@ -45,7 +45,7 @@ LLAMA_2_70B = {"vocab_size": 32000, "hidden_size": 8192, "intermediate_size": 28
                "num_attention_heads": 64, "num_key_value_heads": 8, "max_position_embeddings": 4096}  # fmt: skip
 TINY = {"vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096}  # fmt: skip
-SHAPES = {"7b": LLAMA_2_7B, "8b": LLAMA_3_8B, "tiny": TINY}
+SHAPES: dict[str, dict[str, Any]] = {"7b": LLAMA_2_7B, "8b": LLAMA_3_8B, "tiny": TINY}
 FAST: dict[str, Any] = {"training__compile": True, "training__ligerKernel": True}
 FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 
@@ -182,7 +182,8 @@ def measure_case(options: argparse.Namespace) -> dict[str, Any]:
     for item in options.set:
         key, _, value = item.partition("=")
         changes[key] = json.loads(value) if value[:1] in '0123456789[{tfn"' else value
-    shape = {**SHAPES[shape_name], **({"num_hidden_layers": options.layers} if options.layers else {})}
+    shape = SHAPES[shape_name]
+    shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}
     with tempfile.TemporaryDirectory(prefix="throughput-case-") as folder:
         spec = launch_spec(Path(folder), options, rows, changes)
         set_environment(spec, Path(folder))
@@ -319,7 +320,7 @@ def our_loop(spec: Any, shape: dict[str, Any], options: argparse.Namespace, *, b
     transformers.LlamaConfig(**shape).save_pretrained(folder)  # what kind of model it is stands there
     transformers.AutoModelForCausalLM.from_pretrained = without_files
     if bare:
-        ds.build_engine = Bare
+        ds.build_engine = Bare  # type: ignore[assignment]
     sources = setup.Sources(folder, None, [], [], [])
     started = time.perf_counter()
     engine = setup.build_engine(spec, sources, world)
@@ -443,7 +444,7 @@ def measure(
 
 def profiled(work: Any, count: int = 30) -> list[str]:
     """The kernels (on a CPU: operators) that a piece of work spends most time in."""
-    from torch.autograd import DeviceType
+    from torch._C._autograd import DeviceType
     from torch.profiler import profile
 
     with profile() as profiler:
@@ -467,7 +468,7 @@ def matrix_weights(model: Any, shape: dict[str, Any]) -> tuple[int, int]:
     return total, trained
 
 
-def step_flops(lengths: list[int], weights: tuple[int, int], shape: dict[str, Any]) -> float:
+def step_flops(lengths: list[int], weights: tuple[int, int], shape: dict[str, int]) -> int:
     """FLOPs of a step over documents of these lengths, by the formula at the top."""
     total, trained = weights
     linear = sum(lengths) * (4 * total + 2 * trained)

@@ -29,7 +29,10 @@ def say(text: str) -> None:
 def percentiles(values: list[float]) -> dict[str, float]:
     """p50, p99 and the largest of some values, and how many there are."""
     values = sorted(values)
-    pick = lambda share: round(values[min(len(values) - 1, int(share * len(values)))], 3)  # noqa: E731
+
+    def pick(share: float) -> float:
+        return round(values[min(len(values) - 1, int(share * len(values)))], 3)
+
     return {"p50": pick(0.5), "p99": pick(0.99), "max": pick(1.0), "count": len(values)}
 
 
