@@ -18,7 +18,6 @@ that it should be, a rank is left, or weights differ where they must not.
 """
 
 import argparse
-import hashlib
 import json
 import os
 import signal
@@ -36,8 +35,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
 
-from benchmarks.jobs import SHAPES, write_model
-from benchmarks.local_job import LocalJob
+from benchmarks.jobs import SHAPES, weights_digest, write_model
+from benchmarks.local_job import CPUS, LocalJob, inputs
 from finetune_trainer.data.order import RowOrder
 from tests.trainer import tiny
 
@@ -145,9 +144,7 @@ def _disturb(job: LocalJob, disturbance: Disturbance) -> dict[str, Any]:
     if isinstance(helper, subprocess.Popen):
         at = report.stat().st_mtime  # the memory was taken some steps before it was needed
         helper.communicate("")
-    again = job.wait(
-        lambda: any(step["attempt"] == 2 for step in job.steps), 300, what="the second attempt's first step"
-    )
+    again = _trains_again(job)
     status = job.exit_status(300)
     first = job.status["attempts"][0]
     told = json.loads(report.read_text(encoding="utf-8"))
@@ -170,9 +167,7 @@ def _interrupt(job: LocalJob, ranks: int) -> dict[str, Any]:
     at = time.time()
     job.spec["trainer"] = {**job.spec["trainer"], "numProcPerNode": ranks}
     job.start()
-    again = job.wait(
-        lambda: any(step["attempt"] == 2 for step in job.steps), 300, what="the second attempt's first step"
-    )
+    again = _trains_again(job)
     status = job.exit_status(300)
     return {
         "as_it_should_be": (interrupted, status) == (130, 0),
@@ -186,20 +181,18 @@ def _compared(job: LocalJob, unbroken: LocalJob) -> dict[str, Any]:
     """With the undisturbed job: exported bytes, and the losses of all steps, those that were done twice as well."""
     expected = {step["step"]: step["loss"] for step in unbroken.steps}
     difference = max(abs(step["loss"] / expected[step["step"]] - 1) for step in job.steps)
-    return {"identical": _digest(job) == _digest(unbroken), "loss_difference": difference}
+    ours, theirs = (weights_digest(each.folder / "output") for each in (job, unbroken))
+    return {"identical": ours == theirs, "loss_difference": difference}
 
 
-def _digest(job: LocalJob) -> str:
-    digest = hashlib.sha256()
-    for file in sorted((job.folder / "output").glob("*.safetensors")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+def _trains_again(job: LocalJob) -> float:
+    """When the second attempt has done its first step."""
+    return job.wait(lambda: any(step["attempt"] == 2 for step in job.steps), 300, what="a step of the second attempt")
 
 
 def _spec(root: Path, options: argparse.Namespace, ranks: int) -> dict[str, Any]:
     return {
-        "model": {"uri": f"file://{root / 'model'}"},
-        "datasets": {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]},
+        **inputs(root),
         "method": "LoRA",
         "adapter": {"rank": 16, "alpha": 32},
         "training": {
@@ -211,13 +204,9 @@ def _spec(root: Path, options: argparse.Namespace, ranks: int) -> dict[str, Any]
             "seed": SEED,
         },
         "deepspeed": {"zeroStage": options.stage},
-        "trainer": {
-            "numProcPerNode": ranks,
-            "resourcesPerNode": {"limits": {"cpu": str(os.cpu_count())}},
-        },
+        "trainer": {"numProcPerNode": ranks, "resourcesPerNode": CPUS},
         "recovery": {"hangTimeoutSeconds": options.hang},
         "checkpoint": {"everySteps": EVERY},
-        "cache": {"uri": f"file://{root / 'cache'}"},
     }
 
 

@@ -1,5 +1,6 @@
 """Whole jobs for benchmarks: random models of real shapes in Hugging Face layout, and the trainer as a process on them."""
 
+import hashlib
 import json
 import os
 import random
@@ -128,6 +129,14 @@ def write_model(folder: Path, shape: dict[str, Any], *, tokenizer: Any = None, s
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def weights_digest(output: Path) -> str:
+    """SHA-256 of all exported weights."""
+    digest = hashlib.sha256()
+    for file in sorted(output.glob("*.safetensors")):
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
 
 
 def forget_pages(folder: Path) -> None:

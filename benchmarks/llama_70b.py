@@ -13,7 +13,6 @@ measured.
 import argparse
 import importlib.util
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.jobs import SHAPES, write_model
-from benchmarks.local_job import LocalJob
+from benchmarks.local_job import CPUS, LocalJob, inputs
 from benchmarks.scaling import told
 from tests.trainer import published, tiny
 
@@ -125,15 +124,13 @@ def _spec(root: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
     spec: dict[str, Any] = body["spec"]
     for name in ("output", "tracking", "checkpoint"):
         spec.pop(name, None)
-    spec["model"] = {"uri": f"file://{root / 'model'}"}
-    spec["datasets"] = {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]}
+    spec |= inputs(root)
     spec["training"] |= {"globalBatchSize": 2 * options.ranks, "maxSteps": 100000, "maxLength": options.length}
     del spec["training"]["epochs"]
     if importlib.util.find_spec("flash_attn") is None:
         spec["training"]["attention"] = "Auto"
-    spec["trainer"]["resourcesPerNode"] = {"limits": {"cpu": str(os.cpu_count())}}
+    spec["trainer"]["resourcesPerNode"] = CPUS
     spec["checkpoint"] = {"everySteps": 100000}
-    spec["cache"] = {"uri": f"file://{root / 'cache'}"}
     return spec
 
 

@@ -13,6 +13,18 @@ from typing import Any
 
 from finetune_trainer.state import RankState, read_state
 
+CPUS = {"limits": {"cpu": str(os.cpu_count())}}
+"""`resourcesPerNode`: all of this machine's."""
+
+
+def inputs(root: Path) -> dict[str, Any]:
+    """The part of a spec that says where model and texts are; jobs of one program share a cache."""
+    return {
+        "model": {"uri": f"file://{root / 'model'}"},
+        "datasets": {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]},
+        "cache": {"uri": f"file://{root / 'cache'}"},
+    }
+
 
 @dataclass
 class LocalJob:
@@ -21,7 +33,7 @@ class LocalJob:
     folder: Path
     name: str
     spec: dict[str, Any]
-    """Of the FineTuneJob, but for `output`, `checkpoint.uri` and `cache`, which are in the folder unless they are given."""
+    """Of the FineTuneJob, but for `output` and `checkpoint.uri`, which are in the folder unless they are given."""
     peak_bytes: dict[int, int] = field(default_factory=dict)
     """Of each rank, the most memory that it has reported."""
 
@@ -31,7 +43,6 @@ class LocalJob:
         scratch.mkdir(parents=True, exist_ok=True)
         spec = {"output": {"uri": f"file://{self.folder / 'output'}"}, **self.spec}
         spec["checkpoint"] = {"uri": f"file://{self._checkpoints}", **spec.get("checkpoint", {})}
-        spec.setdefault("cache", {"uri": f"file://{self.folder / 'cache'}"})
         kind = {"apiVersion": "finetune.dev/v1alpha1", "kind": "FineTuneJob"}
         file = self.folder / "job.yaml"
         file.write_text(json.dumps({**kind, "metadata": {"name": self.name}, "spec": spec}, indent=1), encoding="utf-8")

@@ -8,7 +8,6 @@ it makes a small random Llama; its speed says nothing, its exactness does. With 
 """
 
 import argparse
-import hashlib
 import json
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.jobs import weights_digest
 from tests.trainer import tiny
 from tests.trainer.jobs import Pod, launch, next_attempt
 
@@ -130,11 +130,8 @@ def _run(
     code = pod.wait()
     assert code == 0, f"exit code {code}:\n{pod.log}"
     state = json.loads((folder / "output" / "train_result.json").read_text())
-    digest = hashlib.sha256()
-    for path in sorted((folder / "output").glob("*.safetensors")):
-        digest.update(path.read_bytes())
     return {
-        "sha256": digest.hexdigest(),
+        "sha256": weights_digest(folder / "output"),
         "loss": state["loss"],
         "eval_loss": state["eval_loss"],
         "resumed_from_step": pod.report.get("resumedFromStep"),

@@ -12,7 +12,6 @@ without GPUs the ranks are processes, which shows that the program works and not
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import tempfile
@@ -24,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import traces
 from benchmarks.jobs import SHAPES, write_documents, write_model
-from benchmarks.local_job import LocalJob
+from benchmarks.local_job import CPUS, LocalJob, inputs
 
 WAIT, WARMUP, ACTIVE = 3, 1, 2
 """Steps of the profiler; the first ones compile."""
@@ -90,17 +89,14 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         "ligerKernel": True,
         **precision,
     }
-    cpus = {"limits": {"cpu": str(os.cpu_count())}}
     profiler = {"uri": f"file://{root / 'traces'}", "wait": WAIT, "warmup": WARMUP, "active": ACTIVE}
     spec = {
-        "model": {"uri": f"file://{root / 'model'}"},
-        "datasets": {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]},
+        **inputs(root),
         **choice,
         "training": training,
         "deepspeed": {"zeroStage": stage, "config": json.loads(options.deepspeed)},
-        "trainer": {"numProcPerNode": ranks, "resourcesPerNode": cpus},
+        "trainer": {"numProcPerNode": ranks, "resourcesPerNode": CPUS},
         "checkpoint": {"everySteps": 100000},
-        "cache": {"uri": f"file://{root / 'cache'}"},
         "tracking": {"profiler": profiler},
     }
     result: dict[str, Any] = {"method": method, "ranks": ranks, "settings": {**training, **spec["deepspeed"]}}

@@ -14,6 +14,7 @@ from typing import Any
 
 from finetune_api.job import FineTuneJob
 from finetune_api.status import State
+from finetune_api.words import say_ranks
 from finetune_cli import manifest
 from finetune_cli.display import open_display
 from finetune_cli.errors import CliError
@@ -171,8 +172,7 @@ def _print_notes(
     document: manifest.Manifest, written: FineTuneJob, folder: Folder, gpus: int, fresh_after: str | None
 ) -> None:
     trainer = written.spec.trainer
-    ranks = trainer.num_nodes * trainer.num_proc_per_node
-    count = "1 rank" if ranks == 1 else f"{ranks} ranks"
+    count = say_ranks(trainer.num_nodes * trainer.num_proc_per_node)
     print(
         f"{written.metadata.name} on this machine: {count} on {'GPUs' if gpus else 'the CPU'}, log: {folder.path}/attempt-*.log"
     )

@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from finetune_api.spec import EvaluationMetric
+from finetune_api.words import say_ranks
 from finetune_trainer import manifest as mf
 from finetune_trainer import optimizer_state, reshard
 from finetune_trainer.claims import AttemptClaim
@@ -141,8 +142,8 @@ class Checkpoints:
                 log.info("resumed from %s", name)
             else:
                 said = (
-                    f"Resumed from {name} of {_ranks(saved.world_size)} on {_ranks(self.world.size)}: the same rows in the same "
-                    "order, sums in another order."
+                    f"Resumed from {name} of {say_ranks(saved.world_size)} on {say_ranks(self.world.size)}: the same rows in the "
+                    "same order, sums in another order."
                 )
                 log.info("%s", said)
                 progress.note = f"{progress.note} {said}".strip()
@@ -175,8 +176,8 @@ class Checkpoints:
             tensors = reshard.read_part(parts, layout, sizes, self.world.rank, self.world.size)
         except reshard.ReshardError as error:
             raise ConfigError(
-                f"checkpoint.uri: {folder} is of {_ranks(saved.world_size)} and cannot be resumed on "
-                f"{_ranks(self.world.size)}: {error}; resume with {_ranks(saved.world_size)}"
+                f"checkpoint.uri: {folder} is of {say_ranks(saved.world_size)} and cannot be resumed on "
+                f"{say_ranks(self.world.size)}: {error}; resume with {say_ranks(saved.world_size)}"
             ) from error
         optimizer_state.restore(engine, tensors)
 
@@ -236,7 +237,3 @@ class Checkpoints:
         if self.claim is not None:
             self.claim.check()
             folder.rename(folder.with_name(folder.name + f".corrupt-{self.claim.attempt}"))
-
-
-def _ranks(number: int) -> str:
-    return f"{number} rank{'s' if number > 1 else ''}"

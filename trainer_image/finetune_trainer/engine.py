@@ -124,8 +124,7 @@ def _clip_gradients(parameters: list[torch.nn.Parameter], max_grad_norm: float) 
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
     factor = max_grad_norm / (norm + 1e-6)
-    if (
-        factor < 1
-    ):  # waits for the device, as reading the norm does; a product with 1 would move all gradients for nothing
+    # Waits for the device, as reading the norm does; a product with 1 would move all gradients for nothing.
+    if factor < 1:
         torch._foreach_mul_(gradients, factor)
     return norm

@@ -66,7 +66,7 @@ class HangWatch:
 
     def look(self) -> Suspect | None:
         """The rank that hangs, once one does; in a pod that only waits for others, after these had their say."""
-        silence = max((_silence(state) for state in _watched(self.gang, self.folder)), default=0.0)
+        silence = max((silence_seconds(state) for state in _watched(self.gang, self.folder)), default=0.0)
         if silence <= self.limit_seconds:
             self._waiting = None
             return None
@@ -83,15 +83,16 @@ def suspect(gang: Gang, folder: Path, limit_seconds: float) -> Suspect | None:
         None if all have given a sign of life within the limit.
     """
     watched = _watched(gang, folder)
-    if not any(_silence(state) > limit_seconds for state in watched):
+    if not any(silence_seconds(state) > limit_seconds for state in watched):
         return None
     stacks = _ask_for_stacks(gang, folder)
     for rank, text in stacks.items():
         log.error("stacks of rank %d:\n%s", rank, text or "it does not answer")
+    main_threads = {rank: main_thread(text) for rank, text in stacks.items()}
     # One that waits may have given its last sign of life before the one that hangs.
-    silent = [state for state in watched if _silence(state) > limit_seconds / 2]
-    first = culprit(silent, {rank: main_thread(text) for rank, text in stacks.items()})
-    return Suspect(first, _silence(first), limit_seconds, main_thread(stacks.get(first.rank, "")))
+    silent = [state for state in watched if silence_seconds(state) > limit_seconds / 2]
+    first = culprit(silent, main_threads)
+    return Suspect(first, silence_seconds(first), limit_seconds, main_threads.get(first.rank, ""))
 
 
 def culprit(silent: Sequence[RankState], stacks: Mapping[int, str]) -> RankState:
@@ -114,6 +115,11 @@ def main_thread(stacks: str) -> str:
     return next((thread.strip() for thread in stacks.split("\n\n") if _MAIN in thread), "")
 
 
+def silence_seconds(state: RankState) -> float:
+    """For how long a rank has given no sign of life."""
+    return time.monotonic() - state.heartbeat_monotonic
+
+
 def stack_path(folder: Path, rank: int) -> Path:
     """Where a rank appends the stacks of its threads on SIGUSR1."""
     return folder / f"stacks-{rank}.txt"
@@ -128,11 +134,6 @@ def _watched(gang: Gang, folder: Path) -> list[RankState]:
     exits = gang.exits()
     states = [state for rank in gang.processes if rank not in exits and (state := read_state(folder, rank))]
     return [state for state in states if state.activity in WATCHED]
-
-
-def _silence(state: RankState) -> float:
-    """Seconds without a sign of life."""
-    return time.monotonic() - state.heartbeat_monotonic
 
 
 def _ask_for_stacks(gang: Gang, folder: Path) -> dict[int, str]:

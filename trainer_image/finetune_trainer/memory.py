@@ -23,6 +23,7 @@ import torch
 from finetune_api.combinations import check
 from finetune_api.launch import LaunchAdapter, LaunchFreeze, LaunchQuantization, LaunchSpec
 from finetune_api.spec import AdapterVariant, Method, Offload, Optimizer, Precision, ZeroStage
+from finetune_api.words import say_ranks
 from finetune_trainer import vision
 from finetune_trainer.adapters import trains_masters
 from finetune_trainer.config import combination
@@ -182,10 +183,10 @@ def obstacle(shapes: Shapes, spec: LaunchSpec, there: Capacity) -> str | None:
     if _fits(need, spec, there):
         return None
     total, trained = sum(map(prod, shapes.values())), num_trained(shapes, spec)
-    ranks = "1 rank" if spec.world_size == 1 else f"{spec.world_size} ranks"
     parts = f"weights {_gib(need.weights)}, gradients {_gib(need.gradients)}, optimizer {_gib(need.optimizer)}"
     facts = [
-        f"{total / 1e9:.2f} billion parameters, {trained / 1e9:.2f} billion of them trained, cannot fit on {ranks}"
+        f"{total / 1e9:.2f} billion parameters, {trained / 1e9:.2f} billion of them trained, cannot fit on "
+        f"{say_ranks(spec.world_size)}"
     ]
     if there.gpu is not None and need.device > there.gpu:
         facts.append(

@@ -147,11 +147,7 @@ def _cause(spec: LaunchSpec, rank: int, code: int, scratch: Path) -> tuple[float
         where = f"rank {rank}: " if failure.reason in OF_ONE_RANK and spec.world_size > 1 else ""
         return failure.time, Outcome(failure.reason, where + failure.message, rank, failure.traceback)
     state, limit = read_state(scratch, rank), spec.communication_timeout_seconds
-    if (
-        code == -signal.SIGABRT
-        and state is not None
-        and time.monotonic() - state.heartbeat_monotonic > limit - SETTLE_SECONDS
-    ):
+    if code == -signal.SIGABRT and state is not None and hang.silence_seconds(state) > limit - SETTLE_SECONDS:
         # NCCL's watchdog aborts the process without a word to Python.
         message = f"no answer from the other ranks within {limit} s"
         return time.monotonic(), Outcome(Reason.COMMUNICATION_ERROR, message, rank)

@@ -133,9 +133,8 @@ def _forget_unused(cache_dir: Path) -> None:
     """Deletes the entries that no attempt has begun with for long. A lock is as old as its entry's last use."""
     for path in (cache_dir / "locks").glob("tokens-*.lock"):
         with suppress(OSError), path.open("r+") as file:
-            fcntl.lockf(
-                file, fcntl.LOCK_EX | fcntl.LOCK_NB
-            )  # raises where it is in use, as `open` where it is another user's
+            # Raises where it is in use, as `open` where it is another user's.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             entry = cache_dir / "tokens" / path.stem.removeprefix("tokens-")
             if time.time() - path.stat().st_mtime > UNUSED_SECONDS and entry.exists():
                 shutil.rmtree(entry, ignore_errors=True)

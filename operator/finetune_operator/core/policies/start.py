@@ -4,6 +4,7 @@ from datetime import timedelta
 
 from finetune_api.reasons import Reason
 from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, State
+from finetune_api.words import say_ranks
 from finetune_operator.core.attempts import absorb_reports, current, next_number, restart_delay
 from finetune_operator.core.build import build_attempt
 from finetune_operator.core.conditions import put
@@ -60,8 +61,7 @@ def _resumed(s: Situation) -> Event:
     before, after = s.status.plan, choose(s.current_job, s.config)
     text = f"Attempt {next_number(s.status)} goes on from the last checkpoint"
     if before is not None and before.world_size != after.world_size:
-        ranks = "1 rank" if after.world_size == 1 else f"{after.world_size} ranks"
-        text += f", on {ranks} instead of {before.world_size}"
+        text += f", on {say_ranks(after.world_size)} instead of {before.world_size}"
     return Event("Normal", "Resumed", f"{text}.")
 
 
