@@ -73,6 +73,8 @@ CASES: dict[str, tuple[str, str, int, dict[str, Any]]] = {
     "8b-lora-r16": ("8b", "ours", 2, {**FAST, **lora(16)}),
     "plain-7b-full": ("7b", "plain", 2, FULL),
     "7b-full": ("7b", "ours", 2, {**FAST, **PURE}),
+    "plain-7b-full-checkpointed": ("7b", "plain", 2, {**FULL, **CHECKPOINTED}),
+    "7b-full-checkpointed": ("7b", "ours", 2, {**FAST, **PURE, **CHECKPOINTED}),
     "bare-7b-full": ("7b", "bare", 2, {**FAST, **PURE}),
     "plain-8b-full": ("8b", "plain", 1, FULL),
     "8b-full": ("8b", "ours", 1, {**FAST, **PURE}),

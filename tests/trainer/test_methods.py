@@ -183,19 +183,26 @@ def test_lora_plus_and_betas_reach_every_optimizer(assets: Assets, name: str) ->
     assert type(optimizer).__name__ == name
 
 
-def test_the_norm_of_bf16_gradients_is_summed_in_float32() -> None:
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_clipping_is_by_the_norm_in_float32_and_leaves_short_gradients(dtype: torch.dtype, fused: bool) -> None:
+    """Over the step that is taken: AdamW's first moment after it is a tenth of the clipped gradient."""
     torch.manual_seed(0)
-    parameters = [torch.nn.Parameter(torch.zeros(n, dtype=torch.bfloat16)) for n in (10_000, 3)]
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
-    before = torch.cat([p.grad.float() for p in parameters if p.grad is not None])
-    exact = before.norm().item()
-    for enough in (2 * exact, float("inf")):
-        assert engine._clip_gradients(parameters, enough).item() == pytest.approx(exact, rel=1e-6)
-        assert torch.equal(torch.cat([p.grad.float() for p in parameters if p.grad is not None]), before)
-    assert engine._clip_gradients(parameters, 1.0).item() == pytest.approx(exact, rel=1e-6)
-    after = torch.cat([p.grad.float() for p in parameters if p.grad is not None]).norm().item()
-    assert after == pytest.approx(1.0, rel=5e-3)
+    gradients = [torch.randn(n).to(dtype) for n in (10_000, 3)]
+    exact = torch.cat(gradients).double().norm().item()
+    for max_norm in (2 * exact, float("inf"), 1.0):
+        parameters = [torch.nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        optimizer = torch.optim.AdamW(parameters, fused=fused)
+        assert engine._clip_gradients(optimizer, max_norm).item() == pytest.approx(exact, rel=1e-5)
+        optimizer.step()
+        factor = min(1.0, max_norm / exact)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            expected = (gradient.double() * factor * 0.1).to(dtype)
+            torch.testing.assert_close(optimizer.state[parameter]["exp_avg"], expected, rtol=1.6e-2, atol=1e-7)
+            if factor == 1.0 and dtype is torch.float32:
+                assert torch.equal(parameter.grad, gradient)  # type: ignore[arg-type]
 
 
 BLOCKS: dict[str, tuple[dict[str, Any], str]] = {

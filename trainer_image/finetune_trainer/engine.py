@@ -106,25 +106,22 @@ def step(engine: Any, max_grad_norm: float) -> float:
     Returns:
         The norm of the whole gradient over all ranks, before clipping.
     """
-    norm: Any = None
-    if not is_partitioned(engine):
-        parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
-        norm = _clip_gradients(parameters, max_grad_norm or float("inf"))
+    norm = None if is_partitioned(engine) else _clip_gradients(engine.optimizer, max_grad_norm or float("inf"))
     engine.step()
-    if norm is None:
-        norm = engine.get_global_grad_norm()
-    return float(norm)
+    return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
-def _clip_gradients(parameters: list[torch.nn.Parameter], max_grad_norm: float) -> torch.Tensor:
-    """As `torch.nn.utils.clip_grad_norm_`, which would add up the norm of bf16 gradients in bf16 (three digits)."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if all(gradient.dtype == torch.float32 for gradient in gradients):
-        return torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
+def _clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
+    """As `torch.nn.utils.clip_grad_norm_`, which would add up the norm of bf16 gradients in bf16 (three digits).
+
+    A fused optimizer divides gradients as it reads them, instead of having all of them moved before.
+    """
+    gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
     norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
-    factor = max_grad_norm / (norm + 1e-6)
-    # Waits for the device, as reading the norm does; a product with 1 would move all gradients for nothing.
-    if factor < 1:
-        torch._foreach_mul_(gradients, factor)
+    excess = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
+    if optimizer.defaults.get("fused"):
+        optimizer.grad_scale = excess  # type: ignore[attr-defined]
+    else:
+        torch._foreach_mul_(gradients, 1 / excess)
     return norm

@@ -17,6 +17,8 @@ import torch.nn.functional as F  # noqa: N812
 IGNORE = -100
 CHUNK_BYTES = 256 * 2**20
 """float32 logits at once. A batch below this is computed in one piece by PyTorch's own functions."""
+TILE = 128
+"""Rows that a GPU's matrix product takes at a time; chunks of more are a multiple of it."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -36,6 +38,7 @@ def linear_cross_entropy(
         return cross_entropy_sum(F.linear(hidden, weight), targets)
     differentiate = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     chunk = max(1, chunk_bytes // row_bytes)
+    chunk -= chunk % TILE if chunk > TILE else 0
     loss: torch.Tensor = _Chunked.apply(hidden.flatten(0, 1), weight, targets.flatten(), chunk, differentiate)
     return loss
 
@@ -135,7 +138,10 @@ class FusedHead:
                 hidden.flatten(0, 1), self._head.weight, self._targets.flatten(), reduction="sum"
             )
         else:
-            loss = linear_cross_entropy(hidden, self._head.weight, self._targets, chunk_bytes=self._chunk_bytes)
+            weight, chunk_bytes = self._head.weight, self._chunk_bytes
+            if weight.requires_grad:  # each chunk reads and writes its whole gradient
+                chunk_bytes = max(chunk_bytes, weight.nbytes)
+            loss = linear_cross_entropy(hidden, weight, self._targets, chunk_bytes=chunk_bytes)
         shaped: torch.Tensor = loss.view(1, 1, 1)
         return shaped
 
