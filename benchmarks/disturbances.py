@@ -1,6 +1,6 @@
 """What breaks a job on this machine's GPUs, how soon it is found and trains again, and whether the result is the same.
 
-    python benchmarks/disturbances.py [--shape 1.3b] [--ranks 2] [--stage 2] [--only rank-hung] [--json out.json]
+    python benchmarks/disturbances.py [--shape 1.3b] [--ranks 2] [--stage 2] [--only rank-hung] [--parallel 2] [--json out.json]
 
 One job under `finetune run` (LoRA r16, BF16) is trained once undisturbed and then once for each disturbance:
 
@@ -26,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -73,6 +74,7 @@ def main() -> int:
     parser.add_argument("--length", type=int, default=2048, help="tokens of the long row; the others have a sixteenth")
     parser.add_argument("--hang", type=int, default=15, help="recovery.hangTimeoutSeconds")
     parser.add_argument("--only", action="append", help="one of the disturbances; repeat for several")
+    parser.add_argument("--parallel", type=int, default=1, help="disturbances at a time; each has its own job")
     parser.add_argument("--folder", type=Path, help="holds the model and all else meanwhile; default: /tmp")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
@@ -91,18 +93,23 @@ def main() -> int:
             "interrupted": partial(_interrupt, ranks=options.ranks),
             "fewer-ranks": partial(_interrupt, ranks=options.ranks // 2),
         }
-        for name, run in runs.items():
-            if (options.only and name not in options.only) or (name == "out-of-memory" and not cuda):
-                continue
+
+        def record(name: str) -> None:
             job = LocalJob(root / name, name, _spec(root, options, options.ranks))
             try:
-                results[name] = {**run(job), **_compared(job, unbroken)}
+                results[name] = {**runs[name](job), **_compared(job, unbroken)}
             except (RuntimeError, AssertionError) as error:
                 job.end()
                 results[name] = {"error": str(error)}
             print(json.dumps({name: results[name]}), file=sys.stderr, flush=True)
             if options.json:
                 options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
+
+        wanted = [name for name in runs if not options.only or name in options.only]
+        with ThreadPoolExecutor(options.parallel) as pool:
+            list(pool.map(record, [name for name in wanted if name != ALONE]))
+        if cuda and ALONE in wanted:
+            record(ALONE)
     print(json.dumps(results, indent=1))
     found = {name: value for name, value in results.items() if isinstance(value, dict)}
     good = all(value.get("as_it_should_be") for value in found.values())
@@ -124,10 +131,12 @@ def _take_memory(_job: LocalJob) -> "subprocess.Popen[str]":
     return hog
 
 
+ALONE = "out-of-memory"
+"""It takes the memory of all that run."""
 DISTURBANCES = {
     "rank-killed": Disturbance(_kill, "RankKilled"),
     "rank-hung": Disturbance(_stop, "Hang"),
-    "out-of-memory": Disturbance(_take_memory, "OutOfMemoryGPU"),
+    ALONE: Disturbance(_take_memory, "OutOfMemoryGPU"),
 }
 
 

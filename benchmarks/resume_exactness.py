@@ -51,6 +51,12 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA, AdamW8bit": {"training__optimizer": "AdamW8bit"},
     "LoRA, PagedAdamW": {"training__optimizer": "PagedAdamW"},
     "Full, PureBF16": {**FULL, "training__precision": "PureBF16"},
+    "Full, PureBF16, packing, compiled": {
+        **FULL,
+        **PACKED,
+        "training__precision": "PureBF16",
+        "training__compile": True,
+    },
     "Full, BF16, ZeRO-1": {**FULL, "deepspeed__zeroStage": 1},
     "Full, BF16, ZeRO-2": {**FULL, "deepspeed__zeroStage": 2},
     "Full, BF16, ZeRO-3": {**FULL, "deepspeed__zeroStage": 3},

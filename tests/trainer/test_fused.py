@@ -14,6 +14,7 @@ import torch
 
 from finetune_trainer import compile as regional
 from finetune_trainer import kernels, lora_linear, losses
+from finetune_trainer.adamw import CompiledAdamW
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.losses import FusedHead, cross_entropy_sum, linear_cross_entropy
 from finetune_trainer.prefetch import Prefetcher
@@ -47,6 +48,39 @@ def test_chunked_cross_entropy_is_the_plain_one(dtype: torch.dtype, train_head: 
         assert linear_cross_entropy(hidden, weight, targets, chunk_bytes=1).item() == pytest.approx(
             plain.item(), rel=1e-6
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_adamw_is_torchs_to_rounding(dtype: torch.dtype) -> None:
+    """Over steps with and without clipping, with weights that it leaves to torch, and another rate each time."""
+    torch.manual_seed(0)
+    shapes = [(4, 1024), (8, 512), (3, 1024), (100,), (2, 512), (1024, 4)]
+    start = [torch.randn(shape).to(dtype) for shape in shapes]
+    gradients = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(4)]
+    results = []
+    for kind in (partial(torch.optim.AdamW, fused=True), partial(CompiledAdamW, large=1024)):
+        weights = [torch.nn.Parameter(weight.clone()) for weight in start]
+        weights[-1].data = weights[-1].data.t().contiguous().t()  # not in order: torch's
+        groups = [{"params": weights[:2], "weight_decay": 0.1}, {"params": weights[2:], "weight_decay": 0.0}]
+        optimizer = kind(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-6)
+        for step, these in enumerate(gradients):
+            for weight, gradient in zip(weights, these, strict=True):
+                weight.grad = gradient.clone()
+            weights[1].grad = None if step == 1 else weights[1].grad
+            if step > 1:
+                optimizer.grad_scale = torch.tensor(2.5)  # type: ignore[attr-defined]
+            optimizer.param_groups[0]["lr"] *= 0.7
+            optimizer.step()
+            assert [w.grad is None for w in weights] == [step == 1 and n == 1 for n in range(len(weights))]
+        state = [optimizer.state[weight] for weight in weights]
+        results.append(
+            [(w.detach(), s["exp_avg"], s["exp_avg_sq"], s["step"]) for w, s in zip(weights, state, strict=True)]
+        )
+    tolerance = 1e-6 if dtype is torch.float32 else 1.6e-2  # bf16: rounding of four steps
+    for ours, theirs in zip(*reversed(results), strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance / 10)
 
 
 def llama(assets: Assets) -> Any:

@@ -7,6 +7,7 @@ import torch
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Offload, Optimizer, Precision
+from finetune_trainer.adamw import CompiledAdamW
 from finetune_trainer.adapters import is_b_matrix
 from finetune_trainer.vision import PROJECTOR, part_of
 
@@ -30,7 +31,11 @@ def build_optimizer(model: Any, spec: LaunchSpec) -> Any:
         full = training.precision is not Precision.PURE_BF16
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=full, **arguments)
     if training.optimizer is Optimizer.ADAMW:
-        return torch.optim.AdamW(groups, fused=True, **arguments)
+        return (
+            CompiledAdamW(groups, **arguments)
+            if training.compile
+            else torch.optim.AdamW(groups, fused=True, **arguments)
+        )
     return _bitsandbytes(training.optimizer, groups, arguments)
 
 
