@@ -15,6 +15,7 @@ time, against the nominal peak (989 TFLOP/s, H100 SXM, dense bf16) and against t
 """
 
 import argparse
+import gc
 import json
 import math
 import os
@@ -409,8 +410,11 @@ def measure(
     times, tokens, flops, losses, warmup = [], 0, 0.0, [], []
     weights = matrix_weights(model, shape)
     for index in range(options.warmup + options.steps):
-        if index == options.warmup and cuda:
-            torch.cuda.reset_peak_memory_stats()
+        if index == options.warmup:
+            gc.collect()
+            gc.freeze()  # else it holds some step up for 0.3 s; the trainer does the same after its first step
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
         if cuda:
             torch.cuda.synchronize()
         started = time.perf_counter()
@@ -431,6 +435,7 @@ def measure(
     profile = {"profile": profiled(lambda: step(options.warmup))} if options.profile else {}
     return {
         "tokens_per_second": round(tokens / total, 1),
+        "step_seconds": [round(seconds, 4) for seconds in times],
         "step_seconds_median": round(statistics.median(times), 4),
         "flops_per_second": flops / total,
         "mfu_nominal": round(flops / total / NOMINAL, 4),
