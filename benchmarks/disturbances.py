@@ -46,23 +46,30 @@ STEPS, BREAK_AT, LONG_AT, EVERY = 16, 7, 12, 5
 """Of the job; where it is broken; the step with the long row; steps between checkpoints."""
 HOG = """
 import sys, torch
+devices = range(torch.cuda.device_count())
+for device in devices:
+    torch.cuda.mem_get_info(device)
+sys.stdin.readline()
 held = []
-for device in range(torch.cuda.device_count()):
+for device in devices:
     free, _ = torch.cuda.mem_get_info(device)
     held.append(torch.empty(free - (256 << 20), dtype=torch.uint8, device=f"cuda:{device}"))
 print("ready", flush=True)
 sys.stdin.read()
 """
-"""Takes the GPUs' free memory, but for what a collective may still want, until its standard input is closed."""
+"""Told to, takes the GPUs' free memory, but for what a collective may still want, until its standard input is closed."""
+Helper = subprocess.Popen[str]
 
 
 @dataclass(frozen=True)
 class Disturbance:
     """Something that is done to a running job."""
 
-    act: Callable[[LocalJob], object]
+    act: Callable[[LocalJob, Helper | None], object]
     reason: str
     """That the first attempt has to end with."""
+    helper: str = ""
+    """A program that is started before the job, since it takes as long to be ready as some steps do."""
 
 
 def main() -> int:
@@ -117,18 +124,19 @@ def main() -> int:
     return 0 if good and same else 1
 
 
-def _kill(job: LocalJob) -> None:
+def _kill(job: LocalJob, _helper: Helper | None) -> None:
     os.kill(job.states()[-1].pid, signal.SIGKILL)
 
 
-def _stop(job: LocalJob) -> None:
+def _stop(job: LocalJob, _helper: Helper | None) -> None:
     os.kill(job.states()[-1].pid, signal.SIGSTOP)
 
 
-def _take_memory(_job: LocalJob) -> "subprocess.Popen[str]":
-    hog = subprocess.Popen([sys.executable, "-c", HOG], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert hog.stdout is not None and hog.stdout.readline() == "ready\n"
-    return hog
+def _take_memory(_job: LocalJob, helper: Helper | None) -> None:
+    assert helper is not None and helper.stdin is not None and helper.stdout is not None
+    helper.stdin.write("now\n")
+    helper.stdin.flush()
+    assert helper.stdout.readline() == "ready\n"
 
 
 ALONE = "out-of-memory"
@@ -136,21 +144,25 @@ ALONE = "out-of-memory"
 DISTURBANCES = {
     "rank-killed": Disturbance(_kill, "RankKilled"),
     "rank-hung": Disturbance(_stop, "Hang"),
-    ALONE: Disturbance(_take_memory, "OutOfMemoryGPU"),
+    ALONE: Disturbance(_take_memory, "OutOfMemoryGPU", HOG),
 }
 
 
 def _disturb(job: LocalJob, disturbance: Disturbance) -> dict[str, Any]:
     """Breaks a job on its way and waits for its end."""
+    helper = None
+    if disturbance.helper:
+        command = [sys.executable, "-c", disturbance.helper]
+        helper = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     job.start()
     job.wait(lambda: len(job.steps) >= BREAK_AT, 300, what=f"step {BREAK_AT}")
     ranks = [state.pid for state in job.states()]
     at = time.time()
-    helper = disturbance.act(job)
+    disturbance.act(job, helper)
     report = job.records / "attempt-1.report.json"
     detected = job.wait(report.exists, 300, what="the end of the first attempt")
     gone = job.wait(lambda: not any(Path(f"/proc/{pid}").exists() for pid in ranks), 30, what="the end of all ranks")
-    if isinstance(helper, subprocess.Popen):
+    if helper is not None:
         at = report.stat().st_mtime  # the memory was taken some steps before it was needed
         helper.communicate("")
     again = _trains_again(job)
