@@ -85,9 +85,9 @@ def _told(done: Done, every: int, *, background: bool) -> dict[str, Any]:
     beside: dict[int, list[int]] = {}
     for at in on_the_way:
         left, step, beside[at] = written[at] if background else 0.0, at + 1, []
-        while left > 0:
+        while left > 0 and step in steps:
             beside[at].append(step)
-            left, step = left - steps.get(step, left), step + 1
+            left, step = left - steps[step], step + 1
     # The first steps compile.
     others = [s for n, s in steps.items() if n > every // 2 and not any(n in found for found in beside.values())]
     usual = statistics.median(others)

@@ -1,6 +1,6 @@
 """How a step scales over the GPUs of this machine, by ZeRO stage, beside one GPU in the same run.
 
-    python benchmarks/scaling.py [--shape 8b] [--methods lora,full] [--ranks 1,2] [--stages 1,2,3] [--json out.json]
+    python benchmarks/scaling.py [--shape 8b] [--methods lora,full] [--ranks 1,2] [--stages 0,1,2,3] [--json out.json]
 
 Each run is `finetune run` on a random model of the shape: rows packed to `--length` tokens from documents of about a seventh of
 that, so many rows for each rank whatever their number (weak scaling), one micro-batch a step, which exposes communication most.
@@ -42,7 +42,7 @@ def main() -> int:
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model")
     parser.add_argument("--methods", default="lora,full", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--ranks", default="1,2", help="GPUs; one alone is the measure for the others")
-    parser.add_argument("--stages", default="1,2,3", help="ZeRO stages on several ranks; one rank has stage 0")
+    parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages on several ranks; one rank has stage 0")
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
@@ -118,7 +118,7 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         "step_seconds_median": round(statistics.median(step["seconds"] for step in steps), 4),
         "losses": [round(step["loss"], 4) for step in job.steps],
         "peak_gib": [round(job.peak_bytes[rank] / 2**30, 2) for rank in range(ranks)],
-        "communication": [{key: round(value, 4) for key, value in asdict(rank).items()} for rank in traced],
+        "communication": [{k: v and round(v, 4) for k, v in asdict(rank).items()} for rank in traced],
         "log": told(job.log),
     }
 

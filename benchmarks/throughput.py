@@ -5,8 +5,9 @@
 Each case runs in a process of its own with a time limit, and has the device to itself: the next one imports its libraries
 meanwhile. Its result is printed as one JSON line when it is there, and all of them at the end. Rows are packed to `--length`
 tokens from documents of about a seventh of that, never seeing each other. Ours goes LaunchSpec -> engine -> train_step; the plain
-loop is SDPA (isolated through position_ids), all of Liger's kernels where there is a GPU, and fused AdamW. Figures are of the
-steps after `--warmup`.
+loop is SDPA (isolated through position_ids), all of Liger's kernels where there is a GPU, and fused AdamW. Rates are those of the
+median step after `--warmup`: kernels that are compiled late, for a number that has not been there before, would count in some
+cases and not in others, which find them in a cache.
 
 FLOPs of a step, recomputation not counted: for each token 2 for every weight of a matrix product in the forward pass, the same
 for the gradient of its input and, where the weight is trained, for its own; and for attention 6 x layers x heads x head size x
@@ -430,7 +431,7 @@ def measure(
         lengths = [int(rows.store.lengths[s]) for row in group for s in rows.samples[row]]
         tokens += sum(lengths)
         flops += step_flops(lengths, weights, shape)
-    total = sum(times)
+    total = statistics.median(times) * len(times)
     peak = torch.cuda.max_memory_allocated() if cuda else None
     profile = {"profile": profiled(lambda: step(options.warmup))} if options.profile else {}
     return {

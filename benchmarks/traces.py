@@ -1,4 +1,4 @@
-"""What the profiler's traces say about communication: how long it takes, and how much of that nothing else hides."""
+"""What the profiler's traces say about communication: how long it takes, how much of that nothing else hides, and idle time."""
 
 import gzip
 import json
@@ -19,6 +19,8 @@ class Communication:
     """In which a collective ran, waiting for other ranks included."""
     exposed_seconds: float
     """In which nothing else ran on the device. On a CPU, where a collective is a call that waits: all of it."""
+    idle_seconds: float | None
+    """In which nothing ran on the device. None on a CPU, where there is no telling."""
     step_seconds: float
 
 
@@ -37,11 +39,13 @@ def read(file: Path) -> Communication:
     if kernels:
         collectives = _union(_span(e) for e in kernels if "nccl" in e["name"].lower())
         others = _union(_span(e) for e in kernels if "nccl" not in e["name"].lower())
-        hidden = _length(collectives) + _length(others) - _length(_union([*collectives, *others]))
+        busy = _length(_union([*collectives, *others]))
+        hidden, idle = _length(collectives) + _length(others) - busy, sum(marks.values()) - busy
     else:
-        collectives, hidden = _union(_span(e) for e in whole if e["name"].startswith("gloo:")), 0.0
+        collectives, hidden, idle = _union(_span(e) for e in whole if e["name"].startswith("gloo:")), 0.0, None
     seconds, steps = _length(collectives), len(marks)
-    return Communication(seconds / steps, (seconds - hidden) / steps, sum(marks.values()) / steps)
+    idle = None if idle is None else idle / steps
+    return Communication(seconds / steps, (seconds - hidden) / steps, idle, sum(marks.values()) / steps)
 
 
 def _span(event: dict[str, Any]) -> Span:

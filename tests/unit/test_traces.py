@@ -34,7 +34,7 @@ def test_what_other_kernels_hide_is_not_exposed(tmp_path: Path) -> None:
         event("aten::mm", "cpu_op", 0, 20),
     ]
     found = read(trace(tmp_path / "t.json.gz", *steps, on_device, *collectives, *others))
-    assert found == Communication(seconds=3.0, exposed_seconds=1.0, step_seconds=10.0)
+    assert found == Communication(seconds=3.0, exposed_seconds=1.0, idle_seconds=5.5, step_seconds=10.0)
 
 
 def test_a_collective_on_a_cpu_is_exposed(tmp_path: Path) -> None:
@@ -43,4 +43,4 @@ def test_a_collective_on_a_cpu_is_exposed(tmp_path: Path) -> None:
         event("gloo:all_reduce", "user_annotation", 1, 2),
         event("aten::mm", "cpu_op", 2, 3),
     ]
-    assert read(trace(tmp_path / "t.json.gz", *events)) == Communication(2.0, 2.0, 8.0)
+    assert read(trace(tmp_path / "t.json.gz", *events)) == Communication(2.0, 2.0, None, 8.0)

@@ -175,4 +175,5 @@ class TrainingSpec(ApiModel):
     """Micro-batches that each rank builds ahead at the same time, each in a thread: images are read and decoded there. Neither
     the order of data nor the result depends on it."""
     compile: bool = False
-    """Compile each decoder layer with `torch.compile`: the first steps take minutes, the others are faster."""
+    """Compile each decoder layer, and AdamW for large weights, with `torch.compile`: the first step takes longer, the others
+    less."""
