@@ -14,13 +14,13 @@ from tests.contract.manifests import GOOD, broken
 
 
 def test_committed_crds_equal_the_models() -> None:
-    assert [path.read_text() for path in crd.TARGETS] == [crd.render()] * len(crd.TARGETS), "run `make generate`"
+    stale = [path.name for path in crd.TARGETS if path.read_text() != crd.render()]
+    assert not stale, "run `make generate`"
 
 
 def test_committed_reference_equals_the_models() -> None:
-    assert {path: path.read_text() for path in reference.PAGES} == {
-        path: render() for path, render in reference.PAGES.items()
-    }, "run `make generate`"
+    stale = [path.name for path, render in reference.PAGES.items() if path.read_text() != render()]
+    assert not stale, "run `make generate`"
 
 
 def test_good_manifest_round_trips() -> None:
