@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -24,6 +25,7 @@ from finetune_trainer.state import StateWriter, state_path
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 
+FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 METRICS = {
     "step": 1,
     "steps": 1,
@@ -160,6 +162,28 @@ def test_a_rank_that_hangs_in_its_own_code_is_told_by_its_stack(
     assert (report.reason, report.rank) == (Reason.HANG, 1), pod.log
     assert "hang_hook.py" in report.traceback.splitlines()[1], "innermost first"
     assert "distributed_c10d.py" in pod.log, "the other one waits"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"deepspeed__zeroStage": stage} for stage in range(4)),
+        {"deepspeed__zeroStage": 2, "training__precision": "FP32"},
+        {**FULL, "deepspeed__zeroStage": 1, "training__precision": "PureBF16"},
+        {**FULL, "deepspeed__zeroStage": 2, "deepspeed__offloadOptimizer": "CPU"},
+    ],
+    ids=lambda changes: " ".join(map(str, changes.values())),
+)
+def test_an_infinite_gradient_ends_the_job_before_it_is_saved(
+    start: StartPod, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    """Of one rank, in a step whose loss is finite."""
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.infinite_hook")
+    pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=6, checkpoint__everySteps=1, **changes)
+    assert pod.wait() == FAILURES[Reason.NON_FINITE_LOSS].exit_code, pod.log
+    assert re.match(r"step 3: loss \d[.\d]*, gradient norm (inf|nan)$", pod.report["message"]), pod.report
+    assert {file.name for file in (tmp_path / "checkpoints").glob("step-*")} <= {"step-00000001", "step-00000002"}
+    assert (tmp_path / "checkpoints" / "step-00000002").is_dir()
 
 
 def test_a_pod_that_waits_lets_the_one_speak_that_it_waits_for(

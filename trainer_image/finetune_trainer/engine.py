@@ -60,12 +60,14 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
         "wall_clock_breakdown": False,
         "timers": {"throughput": {"enabled": False}},  # it waits for the device twice a step
     }
+    # An infinite norm ends the job in any case; DeepSpeed would look for it in every gradient by itself, ten kernels for each.
+    bf16 = {"enabled": True, "check_grad_overflow": False}
     if copies_masters(spec):
-        config["bf16"] = {"enabled": True}
+        config["bf16"] = bf16
         config["data_types"] = {"grad_accum_dtype": "fp32"}
     elif training.precision is Precision.PURE_BF16 and stage > 0:
         # Without ZeRO nothing is said: the parameters are bf16 and torch's optimizer works on them as they are.
-        config["bf16"] = {"enabled": True, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+        config["bf16"] = {**bf16, "bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
         config["data_types"] = {"grad_accum_dtype": "bf16"}
     return merged(config, spec.deepspeed.config or {})
 
