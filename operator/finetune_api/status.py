@@ -57,6 +57,8 @@ class AttemptStatus(ApiModel):
     message: Message | None = None
     pod: Annotated[str, Field(max_length=253)] | None = None
     """The pod that told the reason."""
+    world_size: int | None = None
+    """Its ranks."""
     exit_code: int | None = None
     counted: bool | None = None
     """Whether the end counted against `recovery.backoffLimit`."""

@@ -120,6 +120,7 @@ def test_goes_on_with_other_ranks(cluster: Cluster, unbroken: Result) -> None:
     status = job.complete()
     first, second = status["attempts"]
     assert (first["reason"], status.get("restarts", 0)) == ("Suspended", 0)
+    assert (first["worldSize"], second["worldSize"]) == (2, 1)
     assert second["fromStep"] >= step, "it went on from the checkpoint made on SIGTERM"
     assert status["progress"]["step"] == SPEC["training"]["maxSteps"]
     assert (status["plan"]["worldSize"], status["plan"]["gradientAccumulationSteps"]) == (1, 2)

@@ -29,14 +29,15 @@ def replace_last(status: FineTuneJobStatus, **changes: object) -> FineTuneJobSta
     return status.model_copy(update={"attempts": [*status.attempts[:-1], last]})
 
 
-def opened(status: FineTuneJobStatus, number: int, now: datetime) -> FineTuneJobStatus:
+def opened(status: FineTuneJobStatus, number: int, world_size: int, now: datetime) -> FineTuneJobStatus:
     """A copy in which attempt `number` has begun, with the restart counters that follow from how the last one ended."""
     last = current(status)
     restarts, counted = status.restarts or 0, status.counted_restarts or 0
     if last is not None and last.reason != Reason.SUSPENDED:
         restarts += 1
         counted += 1 if last.counted else 0
-    attempts = [*status.attempts, AttemptStatus(number=number, start_time=now)][-MAX_ATTEMPTS_KEPT:]
+    new = AttemptStatus(number=number, world_size=world_size, start_time=now)
+    attempts = [*status.attempts, new][-MAX_ATTEMPTS_KEPT:]
     return status.model_copy(update={"attempts": attempts, "restarts": restarts, "counted_restarts": counted})
 
 

@@ -5,11 +5,11 @@ from datetime import datetime
 from finetune_api.job import FineTuneJob
 from finetune_api.reasons import Reason
 from finetune_api.status import ConditionType, FineTuneJobStatus, State
-from finetune_operator.core.attempts import closed, current, opened, previous_end
+from finetune_operator.core.attempts import closed, current, opened, previous_end, replace_last
 from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.failures import Cause
 from finetune_operator.core.progress import take_all
-from finetune_operator.core.resolve import choose
+from finetune_operator.core.resolve import choose, trainer_digest
 from finetune_operator.core.situation import Situation
 
 _LIMIT = 2048
@@ -17,13 +17,13 @@ _LIMIT = 2048
 
 def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
     """The status in which attempt `number` has begun; the newest attempt, if any, has ended."""
-    last = current(s.status)
-    status = opened(s.status, number, time)
+    last, plan = current(s.status), choose(s.current_job, s.config)
+    status = opened(s.status, number, plan.world_size, time)
     resumed = is_true(status, ConditionType.SUSPENDED)
     status = status.model_copy(
         update={
             "start_time": time if status.start_time is None else status.start_time,
-            "plan": choose(s.current_job, s.config),
+            "plan": plan,
         }
     )
     if resumed:
@@ -43,7 +43,10 @@ def adopt(s: Situation) -> Situation:
         if last is not None and last.end_time is None:
             ended = [*s.status.attempts[:-1], previous_end(child, last)]
             s = s.with_status(s.status.model_copy(update={"attempts": ended}))
-        s = s.with_status(begin(s, child.attempt, child.created_at))
+        status = begin(s, child.attempt, child.created_at)
+        if child.trainer not in (None, trainer_digest(s.job.spec.trainer)):
+            status = replace_last(status, world_size=None)  # the spec that it was made from is gone
+        s = s.with_status(status)
     return s
 
 

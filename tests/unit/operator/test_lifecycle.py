@@ -8,7 +8,7 @@ import pytest
 from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import Reason
 from finetune_api.reports import Activity, MetricReport, TerminationReport
-from finetune_api.status import ConditionType, State
+from finetune_api.status import ConditionType, FineTuneJobStatus, State
 from finetune_operator.core.conditions import find, is_true
 from finetune_operator.core.observe import Waiting
 from finetune_operator.core.refused import refused
@@ -279,6 +279,7 @@ def test_a_job_that_was_changed_while_it_was_suspended_goes_on_with_other_ranks(
     ]
     follows = {"image": "registry/trainer:2", "world_size": 1, "gradient_accumulation_steps": 8}
     assert world.job.status.plan == before.model_copy(update=follows)
+    assert [attempt.world_size for attempt in world.job.status.attempts] == [2, 1]
     world.run_gang(2)
     world.step(1)
     assert words(world) == (State.STARTING, "Loading")
@@ -445,6 +446,7 @@ def test_an_attempt_that_a_dead_operator_began_is_adopted_with_its_cause() -> No
     assert again.actions == ()
     first, second = world.job.status.attempts
     assert (first.reason, first.counted, second.number) == ("RankKilled", True, 2)
+    assert (first.world_size, second.world_size) == (1, 1)
     assert (world.job.status.restarts, world.job.status.counted_restarts) == (1, 1)
     assert words(world) == (State.RESTARTING, "RankKilled")
 
@@ -456,6 +458,15 @@ def test_a_running_job_without_status_is_adopted() -> None:
     assert world.step().actions == ()
     assert world.job.status.attempts[-1].number == 1
     assert words(world) == (State.STARTING, "Loading")
+
+
+def test_an_adopted_attempt_of_an_older_trainer_does_not_have_the_new_ones_ranks() -> None:
+    world = started(num_nodes=2)
+    world.job = world.job.model_copy(update={"status": FineTuneJobStatus()})
+    world.change_spec(trainer=SMALLER)
+    world.step(1)
+    (attempt,) = world.job.status.attempts
+    assert (attempt.number, attempt.reason, attempt.world_size) == (1, "Suspended", None)
 
 
 def test_conditions_keep_their_time_while_they_say_the_same() -> None:
