@@ -27,7 +27,7 @@ class CompiledAdamW(torch.optim.AdamW):
     def __init__(self, params: Iterable[Any], *, large: int = LARGE, **options: Any) -> None:
         super().__init__(params, fused=True, **options)
         self._large = large
-        self._update: Callable[..., None] = torch.compile(_update, fullgraph=True)
+        self._compiled: Callable[..., None] = torch.compile(_update, fullgraph=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -73,7 +73,7 @@ class CompiledAdamW(torch.optim.AdamW):
         for parameter, state, rate, root in zip(parameters, states, rates, roots, strict=True):
             tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
             rows = [tensor.view(-1, WIDTH) for tensor in tensors if tensor is not None]
-            self._update(*rows, kept, rate, root, scale, beta1, beta2, group["eps"])
+            self._compiled(*rows, kept, rate, root, scale, beta1, beta2, group["eps"])
 
     def _state_of(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         """As torch begins it."""
