@@ -1,6 +1,6 @@
 """Llama-2-70B as it was published, under `finetune run`: LoRA rank 64 with ZeRO-3, and the two stages that came before it.
 
-    python benchmarks/llama_70b.py --ranks 2 [--spill /dev/shm] [--layers 80] [--json out.json]
+    python benchmarks/llama_70b.py --ranks 2 [--spill /dev/shm | --model FOLDER] [--layers 80] [--json out.json]
 
 The LLaMA-Factory files in tests/convert/cases are converted. The first two stages (all weights; rank 8 without ZeRO) have to end
 with what they need instead of starting; what they say is in the result. The third is trained on random weights in the real size
@@ -42,6 +42,8 @@ def main() -> int:
     parser.add_argument("--layers", type=int, help="fewer than 80")
     parser.add_argument("--tiny", action="store_true", help="a model of tiny width")
     parser.add_argument("--limit", type=float, default=400, help="seconds for each run")
+    parser.add_argument("--only", choices=VARIANTS, action="append", help="of the last stage; repeat for several")
+    parser.add_argument("--model", type=Path, help="a model that is there already, of the same shape")
     parser.add_argument("--folder", type=Path, help="holds the model and all else meanwhile; default: /tmp")
     parser.add_argument("--spill", type=Path, help="a folder on another disk, for the model's last files")
     parser.add_argument("--json", type=Path, help="also write the result here")
@@ -54,7 +56,10 @@ def main() -> int:
         root, started = Path(folder), time.monotonic()
         shape = SHAPES["tiny" if options.tiny else "70b"]
         shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}
-        write_model(root / "model", shape, spill=Path(spill) if options.spill else None)
+        if options.model:
+            (root / "model").symlink_to(options.model.resolve())
+        else:
+            write_model(root / "model", shape, spill=Path(spill) if options.spill else None)
         results["writing_seconds"] = round(time.monotonic() - started, 1)
         words = [
             " ".join(tiny.WORDS[(row + at) % len(tiny.WORDS)] for at in range(options.length)) for row in range(64)
@@ -63,8 +68,8 @@ def main() -> int:
         for case in EARLIER:
             results[case] = _refused(root, case, options)
             _tell(results, case, options)
-        for variant, offload in VARIANTS.items():
-            results[variant] = _trained(root, variant, offload, options)
+        for variant in options.only or VARIANTS:
+            results[variant] = _trained(root, variant, VARIANTS[variant], options)
             _tell(results, variant, options)
     print(json.dumps(results, indent=1))
     return 0 if all("error" not in value for value in results.values() if isinstance(value, dict)) else 1
