@@ -24,6 +24,7 @@ from tests.trainer.jobs import Pod, launch, next_attempt
 
 FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 PACKED = {"training__packing": True, "training__maxLength": 128}
+COMPILED = {**PACKED, "training__precision": "PureBF16", "training__compile": True}
 QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, ZeRO-0": {},
@@ -51,12 +52,8 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA, AdamW8bit": {"training__optimizer": "AdamW8bit"},
     "LoRA, PagedAdamW": {"training__optimizer": "PagedAdamW"},
     "Full, PureBF16": {**FULL, "training__precision": "PureBF16"},
-    "Full, PureBF16, packing, compiled": {
-        **FULL,
-        **PACKED,
-        "training__precision": "PureBF16",
-        "training__compile": True,
-    },
+    "Full, PureBF16, packing, compiled": {**FULL, **COMPILED},
+    "Full, PureBF16, packing, compiled, ZeRO-2": {**FULL, **COMPILED, "deepspeed__zeroStage": 2},
     "Full, BF16, ZeRO-1": {**FULL, "deepspeed__zeroStage": 1},
     "Full, BF16, ZeRO-2": {**FULL, "deepspeed__zeroStage": 2},
     "Full, BF16, ZeRO-3": {**FULL, "deepspeed__zeroStage": 3},
