@@ -59,6 +59,12 @@ CASES: dict[str, dict[str, Any]] = {
         "training__precision": "PureBF16",
         "deepspeed__zeroStage": 2,
     },
+    "full-pure-bf16-zero0-compiled": {
+        **FULL,
+        "training__precision": "PureBF16",
+        "training__packing": True,
+        "training__compile": True,
+    },
 }
 
 
@@ -77,8 +83,10 @@ def losses(folder: Path) -> dict[int, tuple[str, str]]:
 
 @pytest.mark.parametrize("changes", CASES.values(), ids=CASES.keys())
 def test_killed_and_resumed_is_identical(
-    changes: dict[str, Any], start: StartPod, assets: Assets, tmp_path: Path
+    changes: dict[str, Any], start: StartPod, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if changes.get("training__compile"):
+        monkeypatch.setenv("TEST_HOOK", "tests.trainer.adamw_hook")
     changes = {**changes, "evaluation": [jobs.dataset(assets.evaluation, maxSamples=4)]}
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)
