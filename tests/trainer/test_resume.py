@@ -86,7 +86,7 @@ def test_killed_and_resumed_is_identical(
     changes: dict[str, Any], start: StartPod, assets: Assets, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if changes.get("training__compile"):
-        monkeypatch.setenv("TEST_HOOK", "tests.trainer.adamw_hook")
+        monkeypatch.setenv("TEST_HOOK", "tests.trainer.compile_hook")
     changes = {**changes, "evaluation": [jobs.dataset(assets.evaluation, maxSamples=4)]}
     whole = start(tmp_path / "whole", **changes)
     killed = start(tmp_path / "killed", **changes)

@@ -21,13 +21,14 @@ class CompiledAdamW(torch.optim.AdamW):
     Args:
         params: weights or groups of them, as for torch's.
         large: elements from which a weight is updated by compiled code.
+        backend: torch's name of the compiler.
         **options: as for torch's.
     """
 
-    def __init__(self, params: Iterable[Any], *, large: int = LARGE, **options: Any) -> None:
+    def __init__(self, params: Iterable[Any], *, large: int = LARGE, backend: str = "inductor", **options: Any) -> None:
         super().__init__(params, fused=True, **options)
         self._large = large
-        self._compiled: Callable[..., None] = torch.compile(_update, fullgraph=True)
+        self._compiled: Callable[..., None] = torch.compile(_update, fullgraph=True, backend=backend)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
