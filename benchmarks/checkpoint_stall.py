@@ -88,8 +88,10 @@ def _told(done: Done, every: int, *, background: bool) -> dict[str, Any]:
         while left > 0 and step in steps:
             beside[at].append(step)
             left, step = left - steps[step], step + 1
-    # The first steps compile.
-    others = [s for n, s in steps.items() if n > every // 2 and not any(n in found for found in beside.values())]
+    assert all(len(found) < every for found in beside.values()), (
+        f"checkpoints take longer than {every} steps: give a larger --every"
+    )
+    others = [s for step, s in steps.items() if step > every and not any(step in found for found in beside.values())]
     usual = statistics.median(others)
     return {
         "step_seconds": round(usual, 4),
