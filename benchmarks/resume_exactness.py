@@ -20,9 +20,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.jobs import weights_digest
 from tests.trainer import tiny
-from tests.trainer.jobs import Pod, launch, next_attempt
+from tests.trainer.jobs import FULL, Pod, launch, next_attempt
 
-FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 PACKED = {"training__packing": True, "training__maxLength": 128}
 COMPILED = {**PACKED, "training__precision": "PureBF16", "training__compile": True}
 QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}

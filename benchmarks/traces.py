@@ -35,17 +35,17 @@ def read(file: Path) -> Communication:
     whole = [event for event in events if event.get("ph") == "X"]
     # The CPU's side of a step: on the device's timeline there is another event of the same name.
     marks = {e["name"]: e["dur"] / 1e6 for e in whole if e["name"].startswith("ProfilerStep") and "gpu" not in e["cat"]}
+    total, steps = sum(marks.values()), len(marks)
     kernels = [event for event in whole if event.get("cat") in DEVICE_WORK]
     if kernels:
         collectives = _union(_span(e) for e in kernels if "nccl" in e["name"].lower())
         others = _union(_span(e) for e in kernels if "nccl" not in e["name"].lower())
         busy = _length(_union([*collectives, *others]))
-        hidden, idle = _length(collectives) + _length(others) - busy, sum(marks.values()) - busy
+        hidden, idle = _length(collectives) + _length(others) - busy, (total - busy) / steps
     else:
         collectives, hidden, idle = _union(_span(e) for e in whole if e["name"].startswith("gloo:")), 0.0, None
-    seconds, steps = _length(collectives), len(marks)
-    idle = None if idle is None else idle / steps
-    return Communication(seconds / steps, (seconds - hidden) / steps, idle, sum(marks.values()) / steps)
+    seconds = _length(collectives)
+    return Communication(seconds / steps, (seconds - hidden) / steps, idle, total / steps)
 
 
 def _span(event: dict[str, Any]) -> Span:

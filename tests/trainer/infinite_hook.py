@@ -14,7 +14,7 @@ def build(*arguments: Any) -> Any:
 
     def overflow(loss: Any, **named: Any) -> Any:
         calls[0] += 1
-        # The largest float32 that is finite; gradients of a loss so steep are not.
+        # Near the largest float32; gradients of a loss so steep are not.
         return backward(loss * 3e38 if calls[0] == 5 else loss, **named)  # two micro-batches a step
 
     engine.backward = overflow

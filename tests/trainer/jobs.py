@@ -16,6 +16,8 @@ from typing import Any
 
 from finetune_trainer.state import RankState, read_state
 
+FULL: dict[str, Any] = {"method": "Full", "adapter": None}
+"""Changes of a launch file that train all weights."""
 PLAIN_ADAPTER: dict[str, Any] = {"variant": "LoRA", "loraPlusRatio": None}
 
 

@@ -9,9 +9,9 @@ from finetune_trainer.config import read_launch
 from finetune_trainer.errors import ConfigError
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.jobs import FULL
 
 TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
-FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
 SUBSET: dict[str, dict[str, Any]] = {
     "dora-zero1-offloaded-fp32-every-second-layer": {

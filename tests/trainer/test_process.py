@@ -24,8 +24,8 @@ from finetune_trainer.report import termination_report
 from finetune_trainer.state import StateWriter, state_path
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.jobs import FULL
 
-FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 METRICS = {
     "step": 1,
     "steps": 1,

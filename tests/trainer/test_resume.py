@@ -10,8 +10,8 @@ import pytest
 from finetune_api.reasons import FAILURES, Reason
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.jobs import FULL
 
-FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
 CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
 DROPOUT: dict[str, Any] = {"training__packing": True, "adapter__dropout": 0.1}

@@ -546,9 +546,9 @@ ADAPTED: dict[str, tuple[dict[str, Any], dict[str, set[str]]]] = {
         {**TRAINED, "adapter__variant": "DoRA"},
         {"language_model": {"lora"}, vision.TOWER: {"whole"}, vision.PROJECTOR: {"whole"}},
     ),
-    "full": ({"method": "Full", "adapter": None}, {"language_model": {"whole"}}),
+    "full": (jobs.FULL, {"language_model": {"whole"}}),
     "full and all": (
-        {"method": "Full", "adapter": None, **TRAINED},
+        {**jobs.FULL, **TRAINED},
         {"language_model": {"whole"}, vision.TOWER: {"whole"}, vision.PROJECTOR: {"whole"}},
     ),
 }  # fmt: skip

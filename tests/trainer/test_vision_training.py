@@ -15,12 +15,12 @@ from finetune_api.reasons import FAILURES, Reason
 from finetune_trainer import vision
 from finetune_trainer.step import loss_sum
 from tests.trainer import jobs, tiny
+from tests.trainer.jobs import FULL
 from tests.trainer.test_resume import losses, weights
 from tests.trainer.test_vision import TRAINED, Seeing, rows_of, seeing, store_of
 
 __all__ = ["seeing"]
 CPU = torch.device("cpu")
-FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 TWO: dict[str, Any] = {"numProcPerNode": 2}
 ZERO3: dict[str, Any] = {**TWO, "deepspeed__zeroStage": 3}
 StartSeeing = Callable[..., jobs.Pod]

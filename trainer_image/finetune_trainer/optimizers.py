@@ -30,13 +30,11 @@ def build_optimizer(model: Any, spec: LaunchSpec) -> Any:
 
         full = training.precision is not Precision.PURE_BF16
         return DeepSpeedCPUAdam(groups, adamw_mode=True, fp32_optimizer_states=full, **arguments)
-    if training.optimizer is Optimizer.ADAMW:
-        return (
-            CompiledAdamW(groups, **arguments)
-            if training.compile
-            else torch.optim.AdamW(groups, fused=True, **arguments)
-        )
-    return _bitsandbytes(training.optimizer, groups, arguments)
+    if training.optimizer is not Optimizer.ADAMW:
+        return _bitsandbytes(training.optimizer, groups, arguments)
+    if training.compile:
+        return CompiledAdamW(groups, **arguments)
+    return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
 def parameter_groups(model: Any, spec: LaunchSpec) -> list[dict[str, Any]]:

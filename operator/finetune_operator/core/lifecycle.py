@@ -9,7 +9,7 @@ from finetune_operator.core.attempts import closed, current, opened, previous_en
 from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.failures import Cause
 from finetune_operator.core.progress import take_all
-from finetune_operator.core.resolve import choose, trainer_digest
+from finetune_operator.core.resolve import choose, made_from_another
 from finetune_operator.core.situation import Situation
 
 _LIMIT = 2048
@@ -44,7 +44,7 @@ def adopt(s: Situation) -> Situation:
             ended = [*s.status.attempts[:-1], previous_end(child, last)]
             s = s.with_status(s.status.model_copy(update={"attempts": ended}))
         status = begin(s, child.attempt, child.created_at)
-        if child.trainer not in (None, trainer_digest(s.job.spec.trainer)):
+        if made_from_another(child, s.job.spec.trainer):
             status = replace_last(status, world_size=None)  # the spec that it was made from is gone
         s = s.with_status(status)
     return s

@@ -50,6 +50,7 @@ from finetune_api.spec import (
 )
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
+from finetune_operator.core.observe import ObservedJob
 from finetune_operator.core.quantity import cpus, file_size
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.volumes import Mounts, child, local_path, plan_mounts, sibling
@@ -161,6 +162,11 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
         ),
     )
     return Resolved(launch=launch, plan=plan, mounts=mounts)
+
+
+def made_from_another(job: ObservedJob, trainer: TrainerSpec) -> bool:
+    """Whether a child Job was made from another `spec.trainer`. One that an older operator made does not tell: it was not."""
+    return job.trainer not in (None, trainer_digest(trainer))
 
 
 def trainer_digest(trainer: TrainerSpec) -> str:
