@@ -4,7 +4,7 @@
 
 Each run is `finetune run` on a random model of the shape: rows packed to `--length` tokens from documents of about a seventh of
 that, so many rows for each rank whatever their number (weak scaling), one micro-batch a step, which exposes communication most.
-LoRA is r16 in BF16, two rows; full is PureBF16, one row. Speed is that of the steps after `tracking.profiler` has taken its
+LoRA is r16 in BF16, two rows; full is PureBF16, one row. Speed is that of the median step after `tracking.profiler` has taken its
 trace; efficiency is the speed of a GPU divided by that of the one alone; memory is each rank's own peak. Communication is told
 from every rank's trace (see traces.py). A run is ended when it has been measured, without its last checkpoint. On a machine
 without GPUs the ranks are processes, which shows that the program works and nothing else.
@@ -46,16 +46,20 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a row")
     parser.add_argument("--accumulation", type=int, default=1, help="micro-batches of a step")
-    parser.add_argument("--no-compile", action="store_true", help="everywhere; stage 3 never compiles")
+    parser.add_argument("--no-compile", action="store_true", help="everywhere")
     parser.add_argument("--deepspeed", default="{}", help='`deepspeed.config`, such as {"zero_optimization": {...}}')
     parser.add_argument("--limit", type=float, default=180, help="seconds for each run")
+    parser.add_argument("--model", type=Path, help="a model that is there already, of the same shape")
     parser.add_argument("--folder", type=Path, help="holds the model and all else meanwhile; default: /tmp")
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=options.folder) as folder:
         root = Path(folder)
-        write_model(root / "model", SHAPES[options.shape])
+        if options.model:
+            (root / "model").symlink_to(options.model.resolve())
+        else:
+            write_model(root / "model", SHAPES[options.shape])
         write_documents(root / "train.jsonl", options.length)
         for method in options.methods.split(","):
             alone: float | None = None
@@ -85,7 +89,7 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         "globalBatchSize": rows * ranks * options.accumulation,
         "maxSteps": 100000,
         "learningRate": "1e-5",
-        "compile": stage < 3 and not options.no_compile,
+        "compile": not options.no_compile,
         "ligerKernel": True,
         **precision,
     }
@@ -109,13 +113,14 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
     finally:
         job.end()
     steps = job.steps[before : before + options.steps]
-    speed = sum(step["tokens"] for step in steps) / sum(step["seconds"] for step in steps)
+    seconds = statistics.median(step["seconds"] for step in steps)
+    speed = statistics.median(step["tokens"] for step in steps) / seconds
     traced = [traces.read(file) for file in sorted((root / "traces").glob(f"{name}-*/attempt-1/rank-*.json.gz"))]
     return {
         **result,
         "tokens_per_second": round(speed, 1),
         "tokens_per_second_per_gpu": round(speed / ranks, 1),
-        "step_seconds_median": round(statistics.median(step["seconds"] for step in steps), 4),
+        "step_seconds": [round(step["seconds"], 4) for step in steps],
         "losses": [round(step["loss"], 4) for step in job.steps],
         "peak_gib": [round(job.peak_bytes[rank] / 2**30, 2) for rank in range(ranks)],
         "communication": [{k: v and round(v, 4) for k, v in asdict(rank).items()} for rank in traced],

@@ -113,11 +113,6 @@ BAD: dict[str, Bad] = {
     "unknown attention": Bad(
         "spec.training.attention", "Flash", ("spec.training.attention", "FlashAttention2", "Varlen", "SDPA")
     ),
-    "compile with ZeRO-3": Bad(
-        "spec",
-        {**GOOD["spec"], "training": {"compile": True}, "deepspeed": {"zeroStage": 3}},
-        ("`training.compile` does not work with `deepspeed.zeroStage: 3`",),
-    ),
     "benchmark with a format": Bad(
         "spec.datasets.evaluation.0",
         {"uri": "pvc://finetune/data/HumanEval.jsonl.gz", "benchmark": "HumanEval", "format": "Text"},

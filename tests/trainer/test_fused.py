@@ -1,7 +1,6 @@
 """Fused arithmetic against the plain: the head's cross-entropy, LoRA's products, compiled layers, prefetching."""
 
 import copy
-import json
 import threading
 import time
 from collections.abc import Sequence
@@ -277,11 +276,6 @@ def test_liger_on_a_cpu_says_that_it_does_nothing(start: StartPod, tmp_path: Pat
     reports = [pod.done() for pod in pods]
     assert "ligerKernel: Liger's kernels are for GPUs" in pods[0].log
     assert reports[0]["evalLoss"] == reports[1]["evalLoss"]
-
-
-def test_compile_with_zero3_is_refused(start: StartPod) -> None:
-    pod = start(training__compile=True, deepspeed__zeroStage=3)
-    assert pod.wait() != 0 and "training.compile: does not work with deepspeed.zeroStage 3" in json.dumps(pod.report)
 
 
 def test_the_compile_cache_is_beside_the_downloads(tmp_path: Path, assets: Assets) -> None:

@@ -158,11 +158,6 @@ REFUSED: dict[str, tuple[dict[str, Any], Capacity, list[str]]] = {
             "of memory (a rank's weights 128.5, gradients 0.1, optimizer 0.1, activations not counted), and this one has 24.0",
         ],
     ),
-    "compiled": (
-        {**lora(8, ["q_proj"]), "training__compile": True},
-        EIGHT_H100,
-        ["`deepspeed.zeroStage: 3` and `compile: false`"],
-    ),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.layer_units import decoder_layers
 
 log = logging.getLogger("finetune_trainer")
 DYNAMIC = r"L\['kwargs'\]\['(cu_seq_lens|max_length)_[qk]'\].*"
@@ -34,8 +35,8 @@ def compile_layers(causal_lm: Any, *, whole: bool, backend: str | Callable[..., 
     Raises:
         ConfigError: the model has no list of decoder layers.
     """
-    layers = getattr(causal_lm.get_decoder(), "layers", None)
-    if layers is None:
+    layers = decoder_layers(causal_lm)
+    if not layers:
         raise ConfigError(
             f"training.compile: {type(causal_lm).__name__} has no decoder layers known here; leave it out"
         )

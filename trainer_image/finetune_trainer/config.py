@@ -59,8 +59,6 @@ def _check(spec: LaunchSpec) -> None:
         raise ConfigError("deepspeed.offloadOptimizer: CPU needs zeroStage 1, 2 or 3")
     if spec.deepspeed.offload_parameters == "CPU" and spec.deepspeed.zero_stage != 3:
         raise ConfigError("deepspeed.offloadParameters: CPU needs zeroStage 3")
-    if training.compile and spec.deepspeed.zero_stage == 3:
-        raise ConfigError("training.compile: does not work with deepspeed.zeroStage 3; use stage 0, 1 or 2")
     if reason := check(combination(spec)):
         raise ConfigError(reason)
     _check_data(spec)

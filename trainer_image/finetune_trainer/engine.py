@@ -4,6 +4,7 @@ Owns every number that DeepSpeed is told; nothing is left to its defaults where 
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,11 +13,10 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Offload, Precision
 from finetune_trainer.adapters import trains_masters
 from finetune_trainer.deepspeed_block import merged
+from finetune_trainer.layer_units import BUCKET_ELEMENTS, sizes
 from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
 log = logging.getLogger("finetune_trainer")
-BUCKET_ELEMENTS = 50_000_000
-"""DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
 
 
 def zero_stage(spec: LaunchSpec) -> int:
@@ -39,11 +39,12 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
     training, stage = spec.training, zero_stage(spec)
     zero: dict[str, Any] = {
         "stage": stage,
-        "reduce_bucket_size": BUCKET_ELEMENTS,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        "overlap_comm": False,
+        "overlap_comm": True,
         "contiguous_gradients": True,
         "round_robin_gradients": False,
+        # So that no backward pass holds on to gathered weights; a compiled layer's does not, and could not be cached with it.
+        "memory_efficient_linear": not training.compile,
     }
     if spec.deepspeed.offload_optimizer is Offload.CPU:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
@@ -78,10 +79,14 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
 
     if zero_stage(spec) != spec.deepspeed.zero_stage:
         log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
+    by_layer = {"zero_optimization": sizes(model, zero_stage(spec))}
+    config = merged(merged(config, by_layer), spec.deepspeed.config or {})
     optimizer = build_optimizer(model, spec)
     log.info("engine: DeepSpeed, ZeRO stage %d, optimizer %s", zero_stage(spec), type(optimizer).__name__)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
-    if spec.world_size == 1 and not is_partitioned(engine):
+    if is_partitioned(engine):
+        engine.optimizer.get_grad_norm_direct = _norm_over_ranks  # DeepSpeed's copies every gradient as float64
+    elif spec.world_size == 1:
         engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
     return engine
 
@@ -102,6 +107,12 @@ def is_partitioned(engine: Any) -> bool:
     return engine.optimizer is not base_optimizer(engine)
 
 
+def release_gathered(engine: Any) -> None:
+    """Under ZeRO-3 lets go of weights that are whole or on their way, where no training step follows that does so."""
+    if hasattr(engine.optimizer, "empty_partition_cache"):
+        engine.optimizer.empty_partition_cache()
+
+
 def step(engine: Any, max_grad_norm: float) -> float:
     """Clips by the global norm and updates the weights, after the last micro-batch's backward.
 
@@ -113,14 +124,26 @@ def step(engine: Any, max_grad_norm: float) -> float:
     return float(engine.get_global_grad_norm() if norm is None else norm)
 
 
+def _norm_over_ranks(gradients: Iterable[torch.Tensor], _parameters: Any) -> torch.Tensor:
+    """Of what all ranks hold together of a group of gradients, with the zeros that fill up the last rank's part."""
+    squared = _norm(list(gradients)).square()
+    torch.distributed.all_reduce(squared)
+    return squared.sqrt()
+
+
+def _norm(gradients: list[torch.Tensor]) -> torch.Tensor:
+    """Computed in float32, whatever they are in."""
+    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients, 2, dtype=torch.float32)))
+    return norm
+
+
 def _clip_gradients(optimizer: torch.optim.Optimizer, max_grad_norm: float) -> torch.Tensor:
     """As `torch.nn.utils.clip_grad_norm_`, which would add up the norm of bf16 gradients in bf16 (three digits).
 
     A fused optimizer divides gradients as it reads them, instead of having all of them moved before.
     """
     gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    norms = torch._foreach_norm(gradients, 2, dtype=torch.float32)
-    norm: torch.Tensor = torch.linalg.vector_norm(torch.stack(list(norms)))
+    norm = _norm(gradients)
     excess = ((norm + 1e-6) / max_grad_norm).clamp(min=1)
     if optimizer.defaults.get("fused"):
         optimizer.grad_scale = excess  # type: ignore[attr-defined]

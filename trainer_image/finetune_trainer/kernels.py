@@ -14,6 +14,7 @@ from finetune_api.spec import Attention, Precision
 from finetune_trainer import liger, lora_linear, losses
 from finetune_trainer.attention import Choice, choose, layout_arguments, use
 from finetune_trainer.compile import compile_layers
+from finetune_trainer.layer_units import decoder_layers, gather_whole
 
 log = logging.getLogger("finetune_trainer")
 _ATTRIBUTE = "finetune_kernels"
@@ -59,9 +60,12 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
     if training.liger_kernel:
         liger.apply(causal_lm, device, compiled=training.compile)
     partitioned = spec.deepspeed.zero_stage == 3
+    layers = decoder_layers(causal_lm)
+    if partitioned:
+        gather_whole(layers)
     plain = True
-    if spec.adapter is not None and not partitioned:
-        plain = lora_linear.install(model)
+    if spec.adapter is not None:
+        plain = lora_linear.install(model, layers if partitioned else None)
     if training.compile:
         own = choice.name in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
         compile_layers(causal_lm, whole=plain and not own)

@@ -236,6 +236,7 @@ class Training:
                 self._leave()
             values |= scores
             log.info("step %d  %s", step, "  ".join(f"{name} {value:.4f}" for name, value in scores.items()))
+        ds.release_gathered(self.engine)
         if "EvalLoss" in values:
             progress.eval_loss = values["EvalLoss"]
             self.tracking.log(step, eval_loss=progress.eval_loss)

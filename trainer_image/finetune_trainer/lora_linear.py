@@ -250,8 +250,12 @@ def _in_place(kind: type) -> Any:
     return InPlaceLinear
 
 
-def install(model: Any) -> bool:
+def install(model: Any, together: list[Any] | None = None) -> bool:
     """Replaces the forward pass of every plain LoRA layer of a peft model.
+
+    Args:
+        model: peft's.
+        together: the modules within which all weights are there at the same time; None: the whole model is one.
 
     Returns:
         Whether all adapters are of that kind; the others keep peft's way.
@@ -260,7 +264,8 @@ def install(model: Any) -> bool:
 
     grouped: set[int] = set()
     groups = 0
-    for parent in model.modules():
+    inside = [module for root in together or [model] for module in root.modules()]
+    for parent in inside:
         for names in GROUPS:
             members = [getattr(parent, name, None) for name in names]
             if all(_is_plain(m) for m in members) and _alike(members):
@@ -268,7 +273,7 @@ def install(model: Any) -> bool:
                 grouped.update(map(id, members))
                 groups += 1
     layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
-    single = [layer for layer in layers if id(layer) not in grouped and _is_plain(layer)]
+    single = [m for m in inside if isinstance(m, LoraLayer) and id(m) not in grouped and _is_plain(m)]
     for layer in single:
         _install([layer])
     others = len(layers) - len(grouped) - len(single)

@@ -219,8 +219,6 @@ def _if_it_fits(words: str, shapes: Shapes, spec: LaunchSpec, there: Capacity) -
     need = needed(shapes, spec)
     if check(combination(spec)) is not None or not _fits(need, spec, there):
         return None
-    if spec.training.compile and spec.deepspeed.zero_stage == 3:
-        words += " and `compile: false`"
     node = _node_host(need, spec, cuda=there.gpu is not None)
     places = [f"{_gib(need.device)} GiB of each GPU"] if there.gpu is not None else []
     places += [f"{_gib(node)} GiB of a node's memory"] if node else []

@@ -93,11 +93,6 @@ class FineTuneJobSpec(ApiModel):
                 "`training.evalEverySteps` needs a data set in `datasets.evaluation`",
             ),
             (
-                "!self.training.compile || self.deepspeed.zeroStage != 3",
-                "`training.compile` does not work with `deepspeed.zeroStage: 3`, which gathers weights between the"
-                " operations of a layer; use stage 0, 1 or 2, or leave `compile` out",
-            ),
-            (
                 "!has(self.evaluation.earlyStoppingPatience) || has(self.training.evalEverySteps)",
                 "`evaluation.earlyStoppingPatience` needs `training.evalEverySteps`",
             ),

@@ -15,8 +15,6 @@ def check(c: Conversion) -> None:
         c.refuse(
             "use_dora", "DoRA needs the norm of every whole weight, which stage 3 keeps in parts", "stage 0, 1 or 2"
         )
-    if partitioned and training.get("compile"):
-        c.refuse("torch_compile", "stage 3 gathers weights between the operations of a layer", "stage 0, 1 or 2")
     if deepspeed.get("offloadOptimizer") == "CPU" and training.get("optimizer", "AdamW") != "AdamW":
         c.refuse("optim", "DeepSpeed's offloaded optimizer is its own AdamW", "`optim: adamw_torch`, or no offloading")
     stage = deepspeed.get("zeroStage", 0)

@@ -1,0 +1,59 @@
+"""ZeRO-3 with whole decoder layers: the same run as with stage 2, and no weight is held longer than its layer needs it."""
+
+import json
+from typing import Any
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from finetune_trainer.layer_units import BUCKET_ELEMENTS, decoder_layers, sizes
+from tests.trainer.conftest import Assets, StartPod
+from tests.trainer.jobs import FULL, Pod
+
+PURE: dict[str, Any] = {"training__precision": "PureBF16"}
+LAST_LAYER = {"trainableLayers": 1, "trainableModules": ["All"], "extraModules": []}
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "lora-dropout": {"adapter__dropout": 0.1},
+    "lora-recomputed": {"training__activationCheckpointing": "Full"},
+    "lora-every-second-recomputed": {"training__activationCheckpointing": "SelectiveLayer"},
+    "lora-compiled": {"training__compile": True, "training__packing": True},
+    "full": {**FULL, **PURE},
+    "full-compiled": {**FULL, **PURE, "training__compile": True, "training__packing": True},
+    "last-layer": {**PURE, "method": "Freeze", "adapter": None, "freeze": LAST_LAYER},
+}
+
+
+def steps(pod: Pod) -> list[tuple[str, float]]:
+    """Of each step the loss, every bit of it, and the gradient's norm."""
+    lines = [json.loads(line) for line in (pod.folder / "checkpoints" / "journal.jsonl").read_text().splitlines()]
+    return [(line["loss_hex"], line["grad_norm"]) for line in lines if "loss_hex" in line]
+
+
+@pytest.mark.parametrize("changes", CASES.values(), ids=CASES)
+def test_stage_3_is_the_run_of_stage_2(
+    changes: dict[str, Any], start: StartPod, tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.saved_hook")
+    two = {"numProcPerNode": 2, "training__microBatchSize": 1, **changes}
+    pods = [start(tmp_path / str(stage), **two, deepspeed__zeroStage=stage) for stage in (3, 2)]
+    monkeypatch.delenv("TEST_HOOK")
+    reports = [pod.done() for pod in pods]
+    assert reports[0]["evalLoss"] == reports[1]["evalLoss"]
+    (third, second) = map(steps, pods)
+    assert [loss for loss, _ in third] == [loss for loss, _ in second] and len(third) == 6
+    assert [norm for _, norm in third] == pytest.approx([norm for _, norm in second], rel=1e-5)
+    for pod in pods:
+        assert ("each as one graph" in pod.log) is changes.get("training__compile", False), pod.log
+
+
+def test_what_is_communicated_at_once_is_a_layer(assets: Assets) -> None:
+    model = AutoModelForCausalLM.from_pretrained(assets.model)
+    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
+    assert sizes(model, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}
+    assert sizes(model, 3) == {
+        "reduce_bucket_size": BUCKET_ELEMENTS,
+        "stage3_param_persistence_threshold": 0,
+        "stage3_prefetch_bucket_size": layer,
+        "stage3_max_live_parameters": 1_000_000_000,
+    }

@@ -1,0 +1,65 @@
+"""The decoder layer as the unit of ZeRO-3's communication, which then hides behind the computation of the next layer.
+
+A layer's weights are gathered together, while the layer before it is computed, and its gradients are reduced together.
+DeepSpeed's own unit is the module, with hooks between the operations of a layer: they keep out the compiler and what computes
+with the weights of several modules at once (`lora_linear`), and every module waits for its weights.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+BUCKET_ELEMENTS = 50_000_000
+"""Of gradients in a bucket at least. DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
+LIVE_ELEMENTS = 1_000_000_000
+"""DeepSpeed's default of gathered elements, above which it gathers nothing in advance."""
+
+
+def decoder_layers(model: Any) -> list[Any]:
+    """Of a causal language model of transformers, adapters around it or not; none where the model has no list of them."""
+    return list(getattr(model.get_decoder(), "layers", None) or [])
+
+
+def gather_whole(layers: list[Any]) -> None:
+    """Lets ZeRO-3 gather each layer at once, which DeepSpeed calls a leaf; to be called before the engine is built.
+
+    The gradients of a leaf are reduced when that of its input is there, or at once where the input needs none, which is too
+    early. The first layer that learns therefore gets an input that needs one.
+    """
+    from deepspeed.utils import set_z3_leaf_module
+
+    for layer in layers:
+        set_z3_leaf_module(layer, True)
+    learning = (layer for layer in layers if any(p.requires_grad for p in layer.parameters()))
+    if first := next(learning, None):
+        first.register_forward_pre_hook(_need_gradient)
+
+
+def sizes(model: Any, stage: int) -> dict[str, int]:
+    """DeepSpeed's settings of how much is communicated at once.
+
+    Args:
+        model: with its adapters; partitioned or not.
+        stage: of ZeRO.
+    """
+    layers = decoder_layers(model)
+    if stage < 3 or not layers:
+        return {"reduce_bucket_size": BUCKET_ELEMENTS}
+    elements = max(_elements(layer.parameters()) for layer in layers)
+    trained = max(_elements(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+    return {
+        "reduce_bucket_size": max(BUCKET_ELEMENTS, trained),
+        "stage3_param_persistence_threshold": 0,  # what stays whole is gathered one by one after each step
+        "stage3_prefetch_bucket_size": elements,
+        "stage3_max_live_parameters": max(LIVE_ELEMENTS, 3 * elements),
+    }
+
+
+def _elements(parameters: Iterable[Any]) -> int:
+    return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
+
+
+def _need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    if torch.is_grad_enabled():
+        inputs[0].requires_grad_()
