@@ -207,6 +207,7 @@ def test_the_watchdog_of_nccl_is_told_from_a_kill(tmp_path: Path) -> None:
     spec = LaunchSpec.model_validate(jobs.launch(tmp_path, tmp_path, tmp_path, communicationTimeoutSeconds=5))
     status = StateWriter(tmp_path, 0, 1)
     status.beat(Activity.TRAINING)
+    status.flush()
     _, killed = supervisor._cause(spec, 0, -signal.SIGABRT, tmp_path)
     assert killed.reason is Reason.RANK_KILLED
     status.state.heartbeat_monotonic -= 5

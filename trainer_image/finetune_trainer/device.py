@@ -12,6 +12,8 @@ from finetune_api.spec import Precision
 
 log = logging.getLogger("finetune_trainer")
 PAGE_BYTES = resource.getpagesize()
+NVML_INTERVAL_SECONDS = 1.0
+"""NVML's own window is no shorter, and between two steps the device waits for the answer."""
 
 
 def warn_of_slow_precision(device: torch.device, precision: Precision) -> None:
@@ -29,23 +31,26 @@ class DeviceFacts:
         self._device = device
         self._wall, self._cpu = time.monotonic(), time.process_time()
         self._nvml = _nvml_handle(device) if device.type == "cuda" else None
+        self._asked, self._utilization = 0.0, 0.0
 
     def read(self) -> dict[str, Any]:
         """The facts now; utilisation is over the time since the last call (on CUDA, NVML's own window)."""
         return self._cuda() if self._device.type == "cuda" else self._cpu_facts()
 
     def _cuda(self) -> dict[str, Any]:
-        facts: dict[str, Any] = {
-            "device": str(self._device),
-            "memory_used_bytes": torch.cuda.memory_allocated(self._device),
-            "memory_reserved_bytes": torch.cuda.memory_reserved(self._device),
-            "memory_peak_bytes": torch.cuda.max_memory_allocated(self._device),
-        }
-        if self._nvml is not None:
+        if self._nvml is not None and time.monotonic() - self._asked >= NVML_INTERVAL_SECONDS:
             import pynvml
 
-            facts["device_utilization"] = pynvml.nvmlDeviceGetUtilizationRates(self._nvml).gpu / 100
-        return facts
+            self._utilization = pynvml.nvmlDeviceGetUtilizationRates(self._nvml).gpu / 100
+            self._asked = time.monotonic()
+        stats = torch.cuda.memory_stats(self._device)
+        return {
+            "device": str(self._device),
+            "device_utilization": self._utilization,
+            "memory_used_bytes": stats.get("allocated_bytes.all.current", 0),
+            "memory_reserved_bytes": stats.get("reserved_bytes.all.current", 0),
+            "memory_peak_bytes": stats.get("allocated_bytes.all.peak", 0),
+        }
 
     def _cpu_facts(self) -> dict[str, Any]:
         wall, cpu = time.monotonic(), time.process_time()

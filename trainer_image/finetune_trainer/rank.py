@@ -105,6 +105,7 @@ def main(arguments: list[str]) -> int:
         if not asked:
             log.exception("this rank ends: %s", reason)
         code = FAILURES[reason].exit_code or 1
+    status.flush()
     for finish in at_end:
         finish(code == 0)
     return code
