@@ -4,7 +4,7 @@ import json
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from finetune_trainer.layer_units import BUCKET_ELEMENTS, decoder_layers, sizes
 from tests.trainer.conftest import Assets, StartPod
@@ -57,3 +57,5 @@ def test_what_is_communicated_at_once_is_a_layer(assets: Assets) -> None:
         "stage3_prefetch_bucket_size": layer,
         "stage3_max_live_parameters": 1_000_000_000,
     }
+    without_a_list = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
+    assert sizes(without_a_list, 3) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "modules stay the unit"

@@ -33,7 +33,7 @@ def gather_whole(layers: list[Any]) -> None:
         set_z3_leaf_module(layer, True)
     learning = (layer for layer in layers if any(p.requires_grad for p in layer.parameters()))
     if first := next(learning, None):
-        first.register_forward_pre_hook(_need_gradient)
+        first.register_forward_pre_hook(_need_gradient, with_kwargs=True)
 
 
 def sizes(model: Any, stage: int) -> dict[str, int]:
@@ -60,6 +60,6 @@ def _elements(parameters: Iterable[Any]) -> int:
     return sum(getattr(p, "ds_numel", p.numel()) for p in parameters)
 
 
-def _need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+def _need_gradient(_layer: Any, inputs: tuple[torch.Tensor, ...], named: dict[str, Any]) -> None:
     if torch.is_grad_enabled():
-        inputs[0].requires_grad_()
+        (inputs[0] if inputs else named["hidden_states"]).requires_grad_()

@@ -264,7 +264,7 @@ def install(model: Any, together: list[Any] | None = None) -> bool:
 
     grouped: set[int] = set()
     groups = 0
-    inside = [module for root in together or [model] for module in root.modules()]
+    inside = [module for root in ([model] if together is None else together) for module in root.modules()]
     for parent in inside:
         for names in GROUPS:
             members = [getattr(parent, name, None) for name in names]
