@@ -12,6 +12,7 @@ without GPUs the ranks are processes, which shows that the program works and not
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 import tempfile
@@ -49,16 +50,16 @@ def main() -> int:
     parser.add_argument("--no-compile", action="store_true", help="everywhere")
     parser.add_argument("--deepspeed", default="{}", help='`deepspeed.config`, such as {"zero_optimization": {...}}')
     parser.add_argument("--limit", type=float, default=180, help="seconds for each run")
-    parser.add_argument("--model", type=Path, help="a model that is there already, of the same shape")
     parser.add_argument("--folder", type=Path, help="holds the model and all else meanwhile; default: /tmp")
+    parser.add_argument(
+        "--keep", type=Path, help="a folder that keeps the model, compiled code, logs and traces for the next call"
+    )
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="scaling-", dir=options.folder) as folder:
-        root = Path(folder)
-        if options.model:
-            (root / "model").symlink_to(options.model.resolve())
-        else:
+        root = options.keep.absolute() if options.keep else Path(folder)
+        if not (root / "model").exists():
             write_model(root / "model", SHAPES[options.shape])
         write_documents(root / "train.jsonl", options.length)
         for method in options.methods.split(","):
@@ -104,6 +105,8 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
         "tracking": {"profiler": profiler},
     }
     result: dict[str, Any] = {"method": method, "ranks": ranks, "settings": {**training, **spec["deepspeed"]}}
+    for old in [root / name, *(root / "traces").glob(f"{name}-*")]:
+        shutil.rmtree(old, ignore_errors=True)
     job = LocalJob(root / name, name, spec)
     job.start()
     try:

@@ -21,10 +21,18 @@ FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 PLAIN_ADAPTER: dict[str, Any] = {"variant": "LoRA", "loraPlusRatio": None}
 
 
+_GIVEN: set[int] = set()
+
+
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, and that was not given before: whoever got that may not listen yet."""
+    while True:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
+        if port not in _GIVEN:
+            _GIVEN.add(port)
+            return port
 
 
 def launch(folder: Path, model: Path, train: Path, evaluation: Path | None = None, /, **changes: Any) -> dict[str, Any]:
