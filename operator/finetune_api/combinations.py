@@ -40,6 +40,8 @@ class Refusal:
 
     when: dict[str, tuple[str | int, ...]]
     reason: str
+    instead: str
+    """What works, to follow "use"."""
 
     def matches(self, combination: Combination) -> bool:
         return all(getattr(combination, name) in values for name, values in self.when.items())
@@ -48,7 +50,7 @@ class Refusal:
     def message(self) -> str:
         """What was chosen, and why it does not work."""
         said = " with ".join(f"`{FIELDS[n]}: {'/'.join(map(str, values))}`" for n, values in self.when.items())
-        return f"{said} is refused: {self.reason}"
+        return f"{said} is refused: {self.reason}; use {self.instead}"
 
     @property
     def cel(self) -> str:
@@ -65,19 +67,23 @@ def _cel(name: str, values: tuple[str | int, ...]) -> str:
 REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         {"offload_optimizer": ("CPU",), "optimizer": ("AdamW8bit", "PagedAdamW", "PagedAdamW8bit")},
-        "DeepSpeed computes an offloaded optimizer's step on the CPU, with its own AdamW only; use `AdamW`, or no offloading",
+        "DeepSpeed computes an offloaded optimizer's step on the CPU, with its own AdamW only",
+        "`AdamW`, or no offloading",
     ),
     Refusal(
         {"method": ("QLoRA",), "zero_stage": (3,)},
-        "bitsandbytes' quantised weights cannot be partitioned as they are loaded; use `deepspeed.zeroStage` 0, 1 or 2",
+        "bitsandbytes' quantised weights cannot be partitioned as they are loaded",
+        "`deepspeed.zeroStage` 0, 1 or 2",
     ),
     Refusal(
         {"variant": ("DoRA",), "zero_stage": (3,)},
-        "DoRA needs the norm of every whole weight, which ZeRO-3 keeps in parts; use `deepspeed.zeroStage` 0, 1 or 2",
+        "DoRA needs the norm of every whole weight, which ZeRO-3 keeps in parts",
+        "`deepspeed.zeroStage` 0, 1 or 2",
     ),
     Refusal(
         {"activation_checkpointing": ("SelectiveOp",), "zero_stage": (3,)},
-        "ZeRO-3 needs PyTorch's reentrant checkpointing, which cannot choose operators; use `SelectiveLayer` or `Full`",
+        "ZeRO-3 needs PyTorch's reentrant checkpointing, which cannot choose operators",
+        "`SelectiveLayer` or `Full`",
     ),
 )
 
