@@ -31,6 +31,7 @@ MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, packing, dropout 0.1": {**PACKED, "adapter__dropout": 0.1},
     "LoRA, BF16, packing, compiled, Liger": {**PACKED, "training__compile": True, "training__ligerKernel": True},
     "LoRA, BF16, packing, compiled, ZeRO-3": {**PACKED, "training__compile": True, "deepspeed__zeroStage": 3},
+    "LoRA, BF16, packing, compiled, dropout 0.1": {**PACKED, "training__compile": True, "adapter__dropout": 0.1},
     "LoRA, BF16, packing, Liger": {**PACKED, "training__ligerKernel": True},
     "LoRA, BF16, packing, SDPA": {**PACKED, "training__attention": "SDPA"},
     "LoRA, BF16, packing, Flex": {**PACKED, "training__attention": "Flex"},

@@ -60,7 +60,6 @@ def trains_masters(spec: LaunchSpec) -> bool:
     adapter, training = spec.adapter, spec.training
     return (
         adapter is not None
-        and adapter.dropout == 0
         and adapter.variant is not AdapterVariant.DORA
         and (spec.quantization is None or spec.quantization.bits is QuantizationBits.FOUR)
         and training.precision is Precision.BF16

@@ -2,7 +2,8 @@
 
 peft's own forward pass makes three tensors of the output's size for each layer and keeps its input twice. Here the update is
 added in place, and of a group of layers with the same input (query, key and value; gate and up) the adapters' first matrices
-are applied as one. Saved for the backward pass are the input, once a group, and the small product with A.
+are applied as one. Saved for the backward pass are the input, once a group, and the small product with A. With dropout each
+adapter has an input of its own.
 
 The matrices of a base in 4 bits (QLoRA) are made out of them inside, for one product at a time.
 
@@ -28,6 +29,7 @@ Tensors = list[torch.Tensor]
 
 def _forward(
     x: torch.Tensor,
+    dropped: Tensors,
     weights: Tensors,
     biases: Tensors,
     a: Tensors,
@@ -39,9 +41,13 @@ def _forward(
 ) -> Tensors:
     """Outputs of a group for x of (tokens, inputs), and the product with all A as the last.
 
-    `packing`: of quantised weights the `Packing`s, one after the other; empty for plain ones.
+    `dropped`: with dropout, x as each adapter gets it; else empty. `packing`: of quantised weights the `Packing`s, one after the
+    other; empty for plain ones.
     """
-    inner = x @ _stacked(a, x.dtype).t()
+    if dropped:
+        inner = torch.cat([part @ m.to(x.dtype).t() for part, m in zip(dropped, a, strict=True)], dim=1)
+    else:
+        inner = x @ _stacked(a, x.dtype).t()
     outputs, at = [], 0
     for index, (update, scale) in enumerate(zip(b, scales, strict=True)):
         out = F.linear(
@@ -55,7 +61,7 @@ def _forward(
 
 def _backward(
     grads: Tensors,
-    x: torch.Tensor,
+    inputs: Tensors,
     inner: torch.Tensor,
     weights: Tensors,
     a: Tensors,
@@ -64,26 +70,41 @@ def _backward(
     packing: Tensors,
     block: int,
     outer_block: int,
+    dropped: bool,
     need_x: bool,
 ) -> Tensors:
-    """Gradients of x (empty if not needed), all A and all B."""
-    kind, dtype, at = a[0].dtype, x.dtype, 0
+    """Gradients of x and of what dropout made of it (empty if not needed), all A and all B.
+
+    `inputs`: of the adapters: x, or with dropout (`dropped`) as each gets it.
+    """
+    kind, dtype, at = a[0].dtype, inputs[0].dtype, 0
     inner_grads, b_grads = [], []
     for grad, update, scale in zip(grads, b, scales, strict=True):
         inner_grads.append((grad @ update.to(dtype)).mul_(scale))
         b_grads.append((grad.t() @ inner[:, at : at + update.shape[1]]).mul_(scale).to(kind))
         at += update.shape[1]
     inner_grad = torch.cat(inner_grads, dim=1) if len(inner_grads) > 1 else inner_grads[0]
-    stacked_grad = inner_grad.t() @ x
-    # Copies: an operator's results must not share memory. They are a few kilobytes.
-    a_grads = [part.to(kind, copy=True) for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
+    if dropped:
+        a_grads = [(grad.t() @ part).to(kind) for grad, part in zip(inner_grads, inputs, strict=True)]
+    else:
+        stacked_grad = inner_grad.t() @ inputs[0]
+        # Copies: an operator's results must not share memory. They are a few kilobytes.
+        a_grads = [part.to(kind, copy=True) for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
     if not need_x:
-        return [x.new_empty(0), *a_grads, *b_grads]
+        return [part.new_empty(0) for part in _differentiated(inputs, dropped)] + [*a_grads, *b_grads]
     x_grad = grads[0] @ _dense(0, weights, a, b, packing, block, outer_block, dtype)
     for index, grad in enumerate(grads[1:], start=1):
         x_grad.addmm_(grad, _dense(index, weights, a, b, packing, block, outer_block, dtype))
+    if dropped:
+        part_grads = [grad @ m.to(dtype) for grad, m in zip(inner_grads, a, strict=True)]
+        return [x_grad, *part_grads, *a_grads, *b_grads]
     x_grad.addmm_(inner_grad, _stacked(a, dtype))
     return [x_grad, *a_grads, *b_grads]
+
+
+def _differentiated(inputs: Tensors, dropped: bool) -> Tensors:
+    """Something of the shape of x and, with dropout, of each adapter's input."""
+    return [inputs[0], *inputs] if dropped else inputs
 
 
 def _stacked(matrices: Tensors, dtype: torch.dtype) -> torch.Tensor:
@@ -120,38 +141,46 @@ lora_group_backward = torch.library.custom_op("finetune::lora_group_backward", _
 
 
 @lora_group.register_fake
-def _(x: torch.Tensor, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, *_others: Any) -> Tensors:
+def _(
+    x: torch.Tensor, dropped: Tensors, weights: Tensors, biases: Tensors, a: Tensors, b: Tensors, *_others: Any
+) -> Tensors:
     outputs = [x.new_empty(x.shape[0], update.shape[0]) for update in b]
     return [*outputs, x.new_empty(x.shape[0], sum(m.shape[0] for m in a))]
 
 
 @lora_group_backward.register_fake
 def _(
-    grads: Tensors, x: torch.Tensor, inner: torch.Tensor, weights: Tensors, a: Tensors, b: Tensors, *others: Any
+    grads: Tensors, inputs: Tensors, inner: torch.Tensor, weights: Tensors, a: Tensors, b: Tensors, *others: Any
 ) -> Tensors:
-    need_x = others[-1]
-    first = torch.empty_like(x) if need_x else x.new_empty(0)
-    return [first, *(torch.empty_like(m) for m in a), *(torch.empty_like(m) for m in b)]
+    *_, dropped, need_x = others
+    first = [torch.empty_like(m) if need_x else m.new_empty(0) for m in _differentiated(inputs, dropped)]
+    return [*first, *(torch.empty_like(m) for m in a), *(torch.empty_like(m) for m in b)]
 
 
 def _setup(ctx: Any, inputs: Any, output: Tensors) -> None:
-    x, weights, biases, a, b, scales, packing, *blocks = inputs
-    ctx.save_for_backward(x, output[-1], *weights, *a, *b, *packing)
+    x, dropped, weights, biases, a, b, scales, packing, *blocks = inputs
+    ctx.save_for_backward(*(dropped or [x]), output[-1], *weights, *a, *b, *packing)
+    ctx.num_dropped = len(dropped)
     ctx.count, ctx.scales, ctx.blocks, ctx.need_x = len(weights), scales, blocks, ctx.needs_input_grad[0]
     ctx.num_biases, ctx.num_packing = len(biases), len(packing)
 
 
 def _differentiate(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
-    n = ctx.count
-    x, inner, *rest = ctx.saved_tensors
+    n, drops = ctx.count, ctx.num_dropped
+    saved = ctx.saved_tensors
+    inputs, inner, rest = list(saved[: drops or 1]), saved[drops or 1], saved[(drops or 1) + 1 :]
     weights, a, b, packing = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
     given = [
-        x.new_zeros(x.shape[0], update.shape[0]) if grad is None else grad.contiguous()
+        inner.new_zeros(inner.shape[0], update.shape[0]) if grad is None else grad.contiguous()
         for grad, update in zip(grads, b, strict=False)
     ]
-    x_grad, *others = lora_group_backward(given, x, inner, weights, a, b, ctx.scales, packing, *ctx.blocks, ctx.need_x)
+    x_grad, *others = lora_group_backward(
+        given, inputs, inner, weights, a, b, ctx.scales, packing, *ctx.blocks, drops > 0, ctx.need_x
+    )
+    part_grads, others = others[:drops], others[drops:]
     return (
         x_grad if ctx.need_x else None,
+        part_grads if ctx.need_x else [None] * drops,
         [None] * n,
         [None] * ctx.num_biases,
         others[:n],
@@ -225,7 +254,9 @@ class LoraGroup:
         b = [layer.lora_B[name].weight for layer, name in pairs]
         scales = [float(layer.scaling[name]) for layer, name in pairs]
         flat = x.reshape(-1, x.shape[-1])
-        outputs = lora_group(flat, weights, biases, a, b, scales, self._packing, *self._blocks)[:-1]
+        dropouts = [layer.lora_dropout[name] for layer, name in pairs if layer.training]
+        dropped = [dropout(flat) for dropout in dropouts if isinstance(dropout, torch.nn.Dropout)]
+        outputs = lora_group(flat, dropped, weights, biases, a, b, scales, self._packing, *self._blocks)[:-1]
         return [out.view(*x.shape[:-1], out.shape[-1]) for out in outputs]
 
 
@@ -309,10 +340,10 @@ def _is_plain(layer: Any) -> bool:
         return False
     (name,) = names
     frozen = all(not p.requires_grad for p in layer.base_layer.parameters())
-    no_dropout = isinstance(layer.lora_dropout[name], torch.nn.Identity)
+    dropout = isinstance(layer.lora_dropout[name], torch.nn.Identity | torch.nn.Dropout)
     variant = name in layer.lora_variant or layer.lora_bias.get(name, False)
     same = layer.lora_A[name].weight.dtype == layer.lora_B[name].weight.dtype
-    return frozen and no_dropout and not variant and same
+    return frozen and dropout and not variant and same
 
 
 def _is_4bit(layer: Any) -> bool:
