@@ -47,10 +47,15 @@ class Refusal:
         return all(getattr(combination, name) in values for name, values in self.when.items())
 
     @property
+    def explanation(self) -> str:
+        """The reason, and what to do."""
+        return f"{self.reason}; use {self.instead}"
+
+    @property
     def message(self) -> str:
         """What was chosen, and why it does not work."""
         said = " with ".join(f"`{FIELDS[n]}: {'/'.join(map(str, values))}`" for n, values in self.when.items())
-        return f"{said} is refused: {self.reason}; use {self.instead}"
+        return f"{said} is refused: {self.explanation}"
 
     @property
     def cel(self) -> str:

@@ -75,7 +75,7 @@ def combinations_page() -> str:
     ]
     for refusal in REFUSALS:
         said = ", ".join(f"`{FIELDS[name]}: {' / '.join(map(str, values))}`" for name, values in refusal.when.items())
-        lines.append(f"| {said} | {_cell(f'{refusal.reason}; use {refusal.instead}')} |")
+        lines.append(f"| {said} | {_cell(refusal.explanation)} |")
     lines += [
         "| `deepspeed.offloadOptimizer: CPU`, `deepspeed.zeroStage: 0` | there is no partition to offload |",
         "| `deepspeed.offloadParameters: CPU`, `deepspeed.zeroStage: 0 / 1 / 2` | only ZeRO-3 partitions parameters |",

@@ -219,6 +219,12 @@ class Pod:
         report: dict[str, Any] = json.loads(self.report_file.read_text(encoding="utf-8"))
         return report
 
+    @property
+    def journal(self) -> list[dict[str, Any]]:
+        """Of all attempts, line by line."""
+        file = self.folder / "checkpoints" / "journal.jsonl"
+        return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+
     def state(self, rank: int = 0) -> RankState | None:
         for folder in self.scratch.glob("finetune-*"):
             return read_state(folder, rank)

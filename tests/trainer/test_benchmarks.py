@@ -256,13 +256,11 @@ def with_benchmark(file: Path, name: str = "HumanEval") -> list[dict[str, Any]]:
 
 
 def evaluations(pod: jobs.Pod) -> list[dict[str, Any]]:
-    lines = [json.loads(line) for line in (pod.folder / "checkpoints" / "journal.jsonl").read_text().splitlines()]
-    return [{"step": line["step"], **line["metrics"]} for line in lines if "metrics" in line]
+    return [{"step": line["step"], **line["metrics"]} for line in pod.journal if "metrics" in line]
 
 
 def step_losses(pod: jobs.Pod) -> list[str]:
-    lines = [json.loads(line) for line in (pod.folder / "checkpoints" / "journal.jsonl").read_text().splitlines()]
-    return [line["loss_hex"] for line in lines if "loss_hex" in line]
+    return [line["loss_hex"] for line in pod.journal if "loss_hex" in line]
 
 
 def test_a_job_measures_pass_at_k_and_trains_as_without(start: StartPod, tmp_path: Path) -> None:

@@ -83,8 +83,7 @@ def test_loss_is_that_of_plain_transformers(store: TokenStore, assets: Assets) -
 
 
 def journal(pod: jobs.Pod) -> list[tuple[float, float]]:
-    lines = [json.loads(line) for line in (pod.folder / "checkpoints" / "journal.jsonl").read_text().splitlines()]
-    return [(line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+    return [(line["loss"], line["grad_norm"]) for line in pod.journal if "loss" in line]
 
 
 FULL_FP32: dict[str, Any] = {"method": "Full", "adapter": None, "training__precision": "FP32", "training__maxSteps": 8}

@@ -121,11 +121,7 @@ def test_a_killed_and_resumed_run_is_one_run_in_both_trackers(
     resumed = jobs.Pod(pod.folder, jobs.next_attempt(pod.spec), pod.server)
     report = resumed.done()
     assert "goes on without it" not in resumed.log and "left behind" not in resumed.log
-    journal = {
-        line["step"]: line["loss"]
-        for line in map(json.loads, (tmp_path / "checkpoints" / "journal.jsonl").read_text().splitlines())
-        if "loss" in line
-    }
+    journal = {line["step"]: line["loss"] for line in resumed.journal if "loss" in line}
     events = EventAccumulator(str(tmp_path / "events" / "tiny"), size_guidance={"scalars": 0})
     events.Reload()
     scalars = {event.step: event.value for event in events.Scalars("loss")}

@@ -79,8 +79,7 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
 
     if zero_stage(spec) != spec.deepspeed.zero_stage:
         log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
-    by_layer = {"zero_optimization": sizes(model, zero_stage(spec))}
-    config = merged(merged(config, by_layer), spec.deepspeed.config or {})
+    config = merged({"zero_optimization": sizes(model, zero_stage(spec))}, config)
     optimizer = build_optimizer(model, spec)
     log.info("engine: DeepSpeed, ZeRO stage %d, optimizer %s", zero_stage(spec), type(optimizer).__name__)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

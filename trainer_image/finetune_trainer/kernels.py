@@ -59,13 +59,12 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
     log.info("%s", choice)
     if training.liger_kernel:
         liger.apply(causal_lm, device, compiled=training.compile)
-    partitioned = spec.deepspeed.zero_stage == 3
-    layers = decoder_layers(causal_lm)
-    if partitioned:
-        gather_whole(layers)
+    together = decoder_layers(causal_lm) if spec.deepspeed.zero_stage == 3 else None
+    if together is not None:
+        gather_whole(together)
     plain = True
     if spec.adapter is not None:
-        plain = lora_linear.install(model, layers if partitioned else None)
+        plain = lora_linear.install(model, together)
     if training.compile:
         own = choice.name in (Attention.FLASH_ATTENTION_2, Attention.FLASH_ATTENTION_3)
         compile_layers(causal_lm, whole=plain and not own)

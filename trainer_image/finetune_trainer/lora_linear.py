@@ -83,10 +83,10 @@ def _backward(
         inner_grads.append((grad @ update.to(dtype)).mul_(scale))
         b_grads.append((grad.t() @ inner[:, at : at + update.shape[1]]).mul_(scale).to(kind))
         at += update.shape[1]
-    inner_grad = torch.cat(inner_grads, dim=1) if len(inner_grads) > 1 else inner_grads[0]
     if dropped:
         a_grads = [(grad.t() @ part).to(kind) for grad, part in zip(inner_grads, inputs, strict=True)]
     else:
+        inner_grad = torch.cat(inner_grads, dim=1) if len(inner_grads) > 1 else inner_grads[0]
         stacked_grad = inner_grad.t() @ inputs[0]
         # Copies: an operator's results must not share memory. They are a few kilobytes.
         a_grads = [part.to(kind, copy=True) for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
@@ -167,8 +167,9 @@ def _setup(ctx: Any, inputs: Any, output: Tensors) -> None:
 
 def _differentiate(ctx: Any, grads: list[torch.Tensor | None]) -> Any:
     n, drops = ctx.count, ctx.num_dropped
-    saved = ctx.saved_tensors
-    inputs, inner, rest = list(saved[: drops or 1]), saved[drops or 1], saved[(drops or 1) + 1 :]
+    num_inputs = drops or 1
+    saved = list(ctx.saved_tensors)  # once: recomputed activations can be asked for no second time
+    inputs, (inner, *rest) = saved[:num_inputs], saved[num_inputs:]
     weights, a, b, packing = rest[:n], rest[n : 2 * n], rest[2 * n : 3 * n], rest[3 * n :]
     given = [
         inner.new_zeros(inner.shape[0], update.shape[0]) if grad is None else grad.contiguous()
