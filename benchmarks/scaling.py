@@ -16,6 +16,7 @@ import shutil
 import statistics
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -118,7 +119,9 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
     steps = job.steps[before : before + options.steps]
     seconds = statistics.median(step["seconds"] for step in steps)
     speed = statistics.median(step["tokens"] for step in steps) / seconds
-    traced = [traces.read(file) for file in sorted((root / "traces").glob(f"{name}-*/attempt-1/rank-*.json.gz"))]
+    files = sorted((root / "traces").glob(f"{name}-*/attempt-1/rank-*.json.gz"))
+    with ProcessPoolExecutor() as pool:
+        traced = list(pool.map(traces.read, files))
     return {
         **result,
         "tokens_per_second": round(speed, 1),

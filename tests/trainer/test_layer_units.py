@@ -1,12 +1,14 @@
-"""ZeRO-3 with whole decoder layers: the same run as with stage 2, and no weight is held longer than its layer needs it."""
+"""The decoder layer as the unit of communication, and ZeRO-3 by whole layers: the same run as with stage 2."""
 
 from typing import Any
 
 import pytest
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from finetune_trainer.layer_units import BUCKET_ELEMENTS, decoder_layers, sizes
-from tests.trainer.conftest import Assets, StartPod
+from finetune_trainer.layer_units import BUCKET_ELEMENTS, MOST_BUCKET_ELEMENTS, sizes
+from tests.trainer.conftest import StartPod
 from tests.trainer.jobs import FULL, Pod
 
 PURE: dict[str, Any] = {"training__precision": "PureBF16"}
@@ -45,15 +47,33 @@ def test_stage_3_is_the_run_of_stage_2(
         assert ("each as one graph" in pod.log) is changes.get("training__compile", False), pod.log
 
 
-def test_what_is_communicated_at_once_is_a_layer(assets: Assets) -> None:
-    model = AutoModelForCausalLM.from_pretrained(assets.model)
-    layer = sum(p.numel() for p in decoder_layers(model)[0].parameters())
-    assert sizes(model, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}
-    assert sizes(model, 3) == {
-        "reduce_bucket_size": BUCKET_ELEMENTS,
+def test_what_is_communicated_at_once_is_a_layer() -> None:
+    model, layer = _wide_llama(intermediate_size=14336), 218_112_000
+    assert sizes(model, 2, 2) == {"reduce_bucket_size": layer}
+    assert sizes(model, 2, 1) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "one rank reduces nothing"
+    assert sizes(model, 3, 2) == {
+        "reduce_bucket_size": layer,
         "stage3_param_persistence_threshold": 0,
         "stage3_prefetch_bucket_size": layer,
         "stage3_max_live_parameters": 1_000_000_000,
     }
+    assert sizes(_wide_llama(intermediate_size=100_000), 2, 2) == {"reduce_bucket_size": MOST_BUCKET_ELEMENTS}
+    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj"]))
+    assert sizes(adapted, 2, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}
     without_a_list = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
-    assert sizes(without_a_list, 3) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "modules stay the unit"
+    assert sizes(without_a_list, 3, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "modules stay the unit"
+
+
+def _wide_llama(intermediate_size: int) -> LlamaForCausalLM:
+    """One layer as wide as Llama-3.1-8B's, without memory."""
+    with torch.device("meta"):
+        return LlamaForCausalLM(
+            LlamaConfig(
+                hidden_size=4096,
+                intermediate_size=intermediate_size,
+                num_attention_heads=32,
+                num_key_value_heads=8,
+                num_hidden_layers=1,
+                vocab_size=16,
+            )
+        )

@@ -40,7 +40,7 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
     zero: dict[str, Any] = {
         "stage": stage,
         "allgather_bucket_size": BUCKET_ELEMENTS,
-        "overlap_comm": True,
+        "overlap_comm": spec.world_size > 1 or stage == 3,  # stage 3 also has weights to fetch, from the host's memory
         "contiguous_gradients": True,
         "round_robin_gradients": False,
         # So that no backward pass holds on to gathered weights; a compiled layer's does not, and could not be cached with it.
@@ -79,7 +79,7 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
 
     if zero_stage(spec) != spec.deepspeed.zero_stage:
         log.info("zeroStage 0 with BF16 runs as DeepSpeed's stage 1, so that gradients are added up in float32")
-    config = merged({"zero_optimization": sizes(model, zero_stage(spec))}, config)
+    config = merged({"zero_optimization": sizes(model, zero_stage(spec), spec.world_size)}, config)
     optimizer = build_optimizer(model, spec)
     log.info("engine: DeepSpeed, ZeRO stage %d, optimizer %s", zero_stage(spec), type(optimizer).__name__)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)

@@ -1,8 +1,11 @@
-"""The decoder layer as the unit of ZeRO-3's communication, which then hides behind the computation of the next layer.
+"""The decoder layer as the unit of communication, which then hides behind the computation of the next layer.
 
-A layer's weights are gathered together, while the layer before it is computed, and its gradients are reduced together.
-DeepSpeed's own unit is the module, with hooks between the operations of a layer: they keep out the compiler and what computes
-with the weights of several modules at once (`lora_linear`), and every module waits for its weights.
+A layer's gradients are reduced together. ZeRO-1 and 2 wait at each bucket for the one before, and a compiled layer has all its
+gradients at once: with several buckets for each, only the last is hidden.
+
+Under ZeRO-3 a layer's weights are gathered together too, while the layer before it is computed. DeepSpeed's own unit is the
+module, with hooks between the operations of a layer: they keep out the compiler and what computes with the weights of several
+modules at once (`lora_linear`), and every module waits for its weights.
 """
 
 from collections.abc import Iterable
@@ -12,6 +15,10 @@ import torch
 
 BUCKET_ELEMENTS = 50_000_000
 """Of gradients in a bucket at least. DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
+MOST_BUCKET_ELEMENTS = 500_000_000
+"""DeepSpeed's default, which a layer of experts exceeds; there are two such buckets."""
+ADAPTERS_SHARE = 0.25
+"""Of a layer's elements: what learns is called adapters below that."""
 LIVE_ELEMENTS = 1_000_000_000
 """DeepSpeed's default of gathered elements, above which it gathers nothing in advance."""
 
@@ -29,6 +36,9 @@ def gather_whole(layers: list[Any]) -> None:
     """
     from deepspeed.utils import set_z3_leaf_module
 
+    from finetune_trainer import gathering
+
+    gathering.install()
     for layer in layers:
         set_z3_leaf_module(layer, True)
     learning = (layer for layer in layers if any(p.requires_grad for p in layer.parameters()))
@@ -36,21 +46,26 @@ def gather_whole(layers: list[Any]) -> None:
         first.register_forward_pre_hook(_need_gradient, with_kwargs=True)
 
 
-def sizes(model: Any, stage: int) -> dict[str, int]:
+def sizes(model: Any, stage: int, ranks: int) -> dict[str, int]:
     """DeepSpeed's settings of how much is communicated at once.
 
     Args:
         model: with its adapters; partitioned or not.
         stage: of ZeRO.
+        ranks: of the job; one alone has nobody to tell its gradients to.
     """
     layers = decoder_layers(model)
+    trained = max((_elements(p for p in layer.parameters() if p.requires_grad) for layer in layers), default=0)
+    reduced = trained if ranks > 1 else 0
+    bucket = {"reduce_bucket_size": min(max(BUCKET_ELEMENTS, reduced), MOST_BUCKET_ELEMENTS)}
     if stage < 3 or not layers:
-        return {"reduce_bucket_size": BUCKET_ELEMENTS}
+        return bucket
     elements = max(_elements(layer.parameters()) for layer in layers)
-    trained = max(_elements(p for p in layer.parameters() if p.requires_grad) for layer in layers)
+    learning = max((_elements([p]) for layer in layers for p in layer.parameters() if p.requires_grad), default=0)
     return {
-        "reduce_bucket_size": max(BUCKET_ELEMENTS, trained),
-        "stage3_param_persistence_threshold": 0,  # what stays whole is gathered one by one after each step
+        **bucket,
+        # Adapters, and what is as small, stay whole: most of a layer's parameters, and almost nothing of its memory.
+        "stage3_param_persistence_threshold": learning if trained < ADAPTERS_SHARE * elements else 0,
         "stage3_prefetch_bucket_size": elements,
         "stage3_max_live_parameters": max(LIVE_ELEMENTS, 3 * elements),
     }

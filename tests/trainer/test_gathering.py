@@ -1,0 +1,37 @@
+"""What ZeRO-3 gathered is taken apart as DeepSpeed does it."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
+
+from finetune_trainer.gathering import theirs_wait, wait
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("gathered_as", [torch.bfloat16, torch.float32])
+def test_each_parameter_gets_its_parts_of_all_ranks_without_padding(ranks: int, gathered_as: torch.dtype) -> None:
+    shapes = [(4, 6), (7,), (1,), (5, 3)]  # of 24, 7, 1 and 15 elements: most do not divide by the ranks
+    parts = [-(-torch.Size(shape).numel() // ranks) for shape in shapes]
+    flat = torch.randn(ranks * sum(parts)).to(gathered_as)
+    whole = [taken_apart(flat, shapes, parts, ranks, by) for by in (wait, theirs_wait)]
+    for ours, theirs in zip(*whole, strict=True):
+        assert ours.data.dtype == torch.bfloat16 and torch.equal(ours.data, theirs.data)
+        assert ours.ds_status == ZeroParamStatus.AVAILABLE
+
+
+def taken_apart(flat: torch.Tensor, shapes: list[Any], parts: list[int], ranks: int, by: Any) -> list[Any]:
+    parameters = [
+        SimpleNamespace(
+            ds_status=ZeroParamStatus.INFLIGHT,
+            ds_shape=torch.Size(shape),
+            ds_numel=torch.Size(shape).numel(),
+            ds_tensor=SimpleNamespace(ds_numel=part, dtype=torch.bfloat16),
+        )
+        for shape, part in zip(shapes, parts, strict=True)
+    ]
+    partitions = list(flat.clone().chunk(ranks))
+    by(AllGatherCoalescedHandle(SimpleNamespace(wait=lambda: None), parameters, partitions, ranks))
+    return parameters

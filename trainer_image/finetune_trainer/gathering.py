@@ -1,0 +1,106 @@
+"""ZeRO-3's work on the host, which DeepSpeed does for each parameter and each rank, done once for each decoder layer.
+
+It took longer than a layer computes: no rank was ever ahead of its device, and any delay of one rank delayed all of them. Nothing
+here changes what is gathered, only how its copies are made and when the host waits. Import it after `quirks.tame_deepspeed`.
+"""
+
+from collections import deque
+from collections.abc import Iterable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from deepspeed.runtime.compiler import lazy_disable
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus, free_param
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.utils import z3_leaf_module
+
+LAYERS_AHEAD = 2
+"""Of those that were released, how many may still be computing when the host asks for the next: as FSDP's `limit_all_gathers`.
+
+Weights of so many layers more are in memory at the worst, since none is reused before its layer has been computed.
+"""
+theirs_wait = AllGatherCoalescedHandle.wait
+theirs_post_step = DeepSpeedZeroOptimizer_Stage3._post_step
+theirs_parameters = partitioned_param_coordinator.iter_params
+_parameters: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+
+
+class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedParameterCoordinator):  # type: ignore[misc]
+    """Waits once for what a module needs. It has its base's name, so that private attributes are the base's too."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._computed: deque[torch.cuda.Event] = deque()
+
+    def _fetch_sub_module_impl(self, module: Any, forward: bool, is_leaf: bool) -> None:
+        while len(self._computed) > LAYERS_AHEAD:
+            self._computed.popleft().synchronize()
+        parameters = parameters_of(module, is_leaf)
+        if missing := {p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE}:
+            self.__all_gather_params(missing, forward)
+        handles = [self.__inflight_param_registry.pop(p) for p in parameters if p in self.__inflight_param_registry]
+        with torch.cuda.stream(self.__allgather_stream):
+            for handle in dict.fromkeys(handles):
+                handle.wait()
+        super()._fetch_sub_module_impl(module, forward, is_leaf)  # finds that all is there, and gathers in advance
+
+    def release_sub_module(self, module: Any, forward: bool = False) -> None:
+        super().release_sub_module(module, forward)
+        if self.__allgather_stream is not None and z3_leaf_module(module):
+            self._computed.append(torch.cuda.current_stream().record_event())
+
+    @lazy_disable  # type: ignore[untyped-decorator]
+    def __release_param(self, parameter: Any, free_data: bool = True) -> None:
+        """Theirs describes the parameter in words four times, for messages that nobody gets."""
+        if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_active_sub_modules:
+            free_param(parameter)
+            self.__n_available_params -= parameter.ds_numel
+
+
+def wait(handle: Any, handle_dependency: bool = True) -> None:
+    """Of `AllGatherCoalescedHandle`: one operation takes apart what was gathered, not one for each parameter and rank."""
+    if handle.complete or handle.quantization or handle.use_secondary_tensor:
+        theirs_wait(handle, handle_dependency)
+        return
+    handle.allgather_handle.wait()
+    ranks, first = handle.world_size, handle.partitions[0]
+    gathered = first.as_strided(
+        (ranks, first.numel()), (first.numel(), 1)
+    )  # all partitions: they are parts of one tensor
+    sizes = [p.ds_tensor.ds_numel for p in handle.params]
+    whole = [first.new_empty((ranks, size)) for size in sizes]
+    torch.split_with_sizes_copy(gathered, sizes, dim=1, out=whole)
+    for parameter, data in zip(handle.params, whole, strict=True):
+        data = data.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
+        parameter.data = data.to(parameter.ds_tensor.dtype)
+        parameter.ds_status = ZeroParamStatus.AVAILABLE
+    handle.complete = True
+
+
+def parameters_of(module: torch.nn.Module, recurse: bool = False) -> Iterable[Any]:
+    """Of a module, or of all within; the latter are looked up once, as they stay the same once the engine is there."""
+    if not recurse:
+        return tuple(theirs_parameters(module))
+    if module not in _parameters:
+        _parameters[module] = tuple(theirs_parameters(module, recurse=True))
+    return _parameters[module]
+
+
+def post_step(optimizer: Any, timer_names: list[str]) -> None:
+    """Of the optimizer: gathers parameters that stay whole by one collective, not by one for each."""
+    if missing := [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
+        missing[0].all_gather_coalesced(missing).wait()
+    theirs_post_step(optimizer, timer_names)
+
+
+def install() -> None:
+    """To be called before the engine is built."""
+    parameter_offload.PartitionedParameterCoordinator = PartitionedParameterCoordinator
+    partitioned_param_coordinator.iter_params = parameter_offload.iter_params = parameters_of
+    AllGatherCoalescedHandle.wait = wait
+    DeepSpeedZeroOptimizer_Stage3._post_step = post_step
+    if torch.cuda.is_available():
+        # At each use of a stream, torch looks for all kinds of device to tell which one is current.
+        torch._utils._get_current_device_index = torch.cuda.current_device
