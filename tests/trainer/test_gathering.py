@@ -1,13 +1,15 @@
-"""What ZeRO-3 gathered is taken apart as DeepSpeed does it."""
+"""What ZeRO-3 gathered is taken apart, and gradients are put together, as DeepSpeed does it."""
 
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from deepspeed.runtime.comm import coalesced_collectives
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus
 
-from finetune_trainer.gathering import theirs_wait, wait
+from finetune_trainer import gathering
+from finetune_trainer.gathering import reduce_scatter, theirs_wait, wait
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
@@ -35,3 +37,22 @@ def taken_apart(flat: torch.Tensor, shapes: list[Any], parts: list[int], ranks: 
     partitions = list(flat.clone().chunk(ranks))
     by(AllGatherCoalescedHandle(SimpleNamespace(wait=lambda: None), parameters, partitions, ranks))
     return parameters
+
+
+@pytest.mark.parametrize("rank", [0, 1, 2])
+def test_gradients_are_put_in_the_order_of_ranks(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    gradients = [torch.randn(shape) for shape in ((4, 6), (7,), (1,), (5, 3))]
+    sent: list[torch.Tensor] = []
+
+    def collective(everything: torch.Tensor, own: torch.Tensor, **_options: Any) -> None:
+        sent.append(everything)
+        assert torch.equal(everything.chunk(3)[rank], own)
+
+    for module in (torch.distributed, coalesced_collectives.dist):
+        monkeypatch.setattr(module, "get_rank", lambda _group=None: rank)
+        monkeypatch.setattr(module, "get_world_size", lambda _group=None: 3)
+    for module in (gathering, coalesced_collectives):
+        monkeypatch.setattr(module, "_torch_reduce_scatter_fn", collective)
+    ours, theirs = (by(gradients) for by in (reduce_scatter, coalesced_collectives.reduce_scatter_coalesced))
+    assert all(map(torch.equal, ours, theirs)) and len(ours) == 4
+    assert sent[0].shape == sent[1].shape

@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from finetune_trainer.layer_units import BUCKET_ELEMENTS, MOST_BUCKET_ELEMENTS, sizes
+from finetune_trainer.layer_units import BUCKET_ELEMENTS, sizes
 from tests.trainer.conftest import StartPod
 from tests.trainer.jobs import FULL, Pod
 
@@ -48,20 +48,24 @@ def test_stage_3_is_the_run_of_stage_2(
 
 
 def test_what_is_communicated_at_once_is_a_layer() -> None:
+    least, most = BUCKET_ELEMENTS
     model, layer = _wide_llama(intermediate_size=14336), 218_112_000
     assert sizes(model, 2, 2) == {"reduce_bucket_size": layer}
-    assert sizes(model, 2, 1) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "one rank reduces nothing"
+    assert sizes(model, 2, 1) == {"reduce_bucket_size": least}, "one rank reduces nothing"
     assert sizes(model, 3, 2) == {
         "reduce_bucket_size": layer,
         "stage3_param_persistence_threshold": 0,
         "stage3_prefetch_bucket_size": layer,
         "stage3_max_live_parameters": 1_000_000_000,
     }
-    assert sizes(_wide_llama(intermediate_size=100_000), 2, 2) == {"reduce_bucket_size": MOST_BUCKET_ELEMENTS}
-    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj"]))
-    assert sizes(adapted, 2, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}
+    assert sizes(_wide_llama(intermediate_size=100_000), 2, 2) == {"reduce_bucket_size": most}
+    adapted = get_peft_model(model, LoraConfig(r=16, target_modules=["q_proj", "k_proj"]))
+    assert sizes(adapted, 2, 2) == {"reduce_bucket_size": least}
+    with_adapters = sizes(adapted, 3, 2)
+    assert with_adapters["stage3_param_persistence_threshold"] == 16 * 4096, "adapters stay whole"
+    assert with_adapters["stage3_prefetch_bucket_size"] > layer
     without_a_list = GPT2LMHeadModel(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=16))
-    assert sizes(without_a_list, 3, 2) == {"reduce_bucket_size": BUCKET_ELEMENTS}, "modules stay the unit"
+    assert sizes(without_a_list, 3, 2) == {"reduce_bucket_size": least}, "modules stay the unit"
 
 
 def _wide_llama(intermediate_size: int) -> LlamaForCausalLM:

@@ -13,10 +13,12 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Offload, Precision
 from finetune_trainer.adapters import trains_masters
 from finetune_trainer.deepspeed_block import merged
-from finetune_trainer.layer_units import BUCKET_ELEMENTS, sizes
+from finetune_trainer.layer_units import sizes
 from finetune_trainer.optimizers import RATE_MULTIPLIER, build_optimizer
 
 log = logging.getLogger("finetune_trainer")
+GATHERED_ELEMENTS = 50_000_000
+"""Of weights that ZeRO-1 and 2 gather at once. DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
 
 
 def zero_stage(spec: LaunchSpec) -> int:
@@ -39,9 +41,9 @@ def deepspeed_config(spec: LaunchSpec) -> dict[str, Any]:
     training, stage = spec.training, zero_stage(spec)
     zero: dict[str, Any] = {
         "stage": stage,
-        "allgather_bucket_size": BUCKET_ELEMENTS,
+        "allgather_bucket_size": GATHERED_ELEMENTS,
         "overlap_comm": spec.world_size > 1 or stage == 3,  # stage 3 also has weights to fetch, from the host's memory
-        "contiguous_gradients": True,
+        "contiguous_gradients": stage < 3,  # else one copy more: stage 3 puts gradients in order of ranks in any case
         "round_robin_gradients": False,
         # So that no backward pass holds on to gathered weights; a compiled layer's does not, and could not be cached with it.
         "memory_efficient_linear": not training.compile,
@@ -85,8 +87,10 @@ def build_engine(model: Any, spec: LaunchSpec, config: dict[str, Any]) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)
     if is_partitioned(engine):
         engine.optimizer.get_grad_norm_direct = _norm_over_ranks  # DeepSpeed's copies every gradient as float64
-    elif spec.world_size == 1:
-        engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
+    else:
+        engine.zero_grad = engine.optimizer.zero_grad  # DeepSpeed's walks through all modules
+        if spec.world_size == 1:
+            engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
     return engine
 
 

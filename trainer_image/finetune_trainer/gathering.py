@@ -1,4 +1,4 @@
-"""ZeRO-3's work on the host, which DeepSpeed does for each parameter and each rank, done once for each decoder layer.
+"""ZeRO-3's work on the host, which DeepSpeed does for each parameter and each rank, done together for a decoder layer.
 
 It took longer than a layer computes: no rank was ever ahead of its device, and any delay of one rank delayed all of them. Nothing
 here changes what is gathered, only how its copies are made and when the host waits. Import it after `quirks.tame_deepspeed`.
@@ -10,10 +10,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
+from deepspeed.accelerator import get_accelerator
+from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
 from deepspeed.runtime.compiler import lazy_disable
-from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator
+from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3
 from deepspeed.runtime.zero.partition_parameters import AllGatherCoalescedHandle, ZeroParamStatus, free_param
-from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.utils import z3_leaf_module
 
 LAYERS_AHEAD = 2
@@ -22,7 +23,6 @@ LAYERS_AHEAD = 2
 Weights of so many layers more are in memory at the worst, since none is reused before its layer has been computed.
 """
 theirs_wait = AllGatherCoalescedHandle.wait
-theirs_post_step = DeepSpeedZeroOptimizer_Stage3._post_step
 theirs_parameters = partitioned_param_coordinator.iter_params
 _parameters: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
 
@@ -49,14 +49,23 @@ class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedP
     def release_sub_module(self, module: Any, forward: bool = False) -> None:
         super().release_sub_module(module, forward)
         if self.__allgather_stream is not None and z3_leaf_module(module):
-            self._computed.append(torch.cuda.current_stream().record_event())
+            # Blocking: the host sleeps, instead of asking all the time.
+            event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+            event.record()
+            self._computed.append(event)
 
     @lazy_disable  # type: ignore[untyped-decorator]
     def __release_param(self, parameter: Any, free_data: bool = True) -> None:
         """Theirs describes the parameter in words four times, for messages that nobody gets."""
-        if parameter.ds_status == ZeroParamStatus.AVAILABLE and not parameter.ds_active_sub_modules:
+        if parameter.ds_status != ZeroParamStatus.AVAILABLE or parameter.ds_active_sub_modules:
+            return
+        if parameter.ds_persist:
+            parameter.ds_status = (
+                ZeroParamStatus.NOT_AVAILABLE
+            )  # out of date; its memory stays until it is gathered again
+        else:
             free_param(parameter)
-            self.__n_available_params -= parameter.ds_numel
+        self.__n_available_params -= parameter.ds_numel
 
 
 def wait(handle: Any, handle_dependency: bool = True) -> None:
@@ -88,11 +97,51 @@ def parameters_of(module: torch.nn.Module, recurse: bool = False) -> Iterable[An
     return _parameters[module]
 
 
-def post_step(optimizer: Any, timer_names: list[str]) -> None:
-    """Of the optimizer: gathers parameters that stay whole by one collective, not by one for each."""
-    if missing := [p for p in optimizer.persistent_parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
-        missing[0].all_gather_coalesced(missing).wait()
-    theirs_post_step(optimizer, timer_names)
+class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):  # type: ignore[misc]  # noqa: N801
+    """Handles a bucket's gradients, and parameters that stay whole, together. Named as its base, for private attributes."""
+
+    def partition_grads(self, parameters: list[Any], partitions: list[torch.Tensor]) -> Any:
+        """Puts this rank's parts of gradients where they are added up; the last rank may have none of a small one."""
+        if self.offload_optimizer:
+            return super().partition_grads(parameters, partitions)
+        stream = get_accelerator().current_stream()
+        places = []
+        for parameter, partition in zip(parameters, partitions, strict=True):
+            place = self.__param_id_to_grad_partition[parameter.ds_id]
+            places.append(place.narrow(0, 0, partition.numel()))
+            if stream is not None:
+                parameter.grad.record_stream(stream)
+            parameter.grad = None
+        if self.micro_step_id == 0:
+            torch._foreach_copy_(places, partitions)
+        else:
+            torch._foreach_add_(places, [partition.to(self.gradient_accumulation_dtype) for partition in partitions])
+        return places
+
+    def _post_step(self, timer_names: list[str]) -> None:
+        if missing := [p for p in self.persistent_parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
+            missing[0].all_gather_coalesced(missing).wait()  # theirs is a collective for each
+        super()._post_step(timer_names)
+
+
+def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch.Tensor]:
+    """As `reduce_scatter_coalesced`: one operation puts gradients in the order of ranks, not a slice for each and each rank.
+
+    Args:
+        tensors: gradients, whole.
+        group: of ranks.
+
+    Returns:
+        This rank's part of each, the mean over ranks; empty where it has none.
+    """
+    rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
+    sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
+    by_rank = torch._chunk_cat([tensor.view(-1) for tensor in tensors], dim=0, num_chunks=ranks)
+    by_rank.div_(ranks)
+    _torch_reduce_scatter_fn(by_rank.view(-1), by_rank[rank], group=group)
+    parts = torch.split(by_rank[rank], sizes)
+    ends = (max(0, min(size, t.numel() - rank * size)) for size, t in zip(sizes, tensors, strict=True))
+    return [part[:end] for part, end in zip(parts, ends, strict=True)]
 
 
 def install() -> None:
@@ -100,7 +149,5 @@ def install() -> None:
     parameter_offload.PartitionedParameterCoordinator = PartitionedParameterCoordinator
     partitioned_param_coordinator.iter_params = parameter_offload.iter_params = parameters_of
     AllGatherCoalescedHandle.wait = wait
-    DeepSpeedZeroOptimizer_Stage3._post_step = post_step
-    if torch.cuda.is_available():
-        # At each use of a stream, torch looks for all kinds of device to tell which one is current.
-        torch._utils._get_current_device_index = torch.cuda.current_device
+    stage3.DeepSpeedZeroOptimizer_Stage3 = DeepSpeedZeroOptimizer_Stage3
+    stage3.reduce_scatter_coalesced = reduce_scatter

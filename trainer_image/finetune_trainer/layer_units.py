@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 
-BUCKET_ELEMENTS = 50_000_000
-"""Of gradients in a bucket at least. DeepSpeed's default of 5e8 would take gigabytes beside a small model."""
-MOST_BUCKET_ELEMENTS = 500_000_000
-"""DeepSpeed's default, which a layer of experts exceeds; there are two such buckets."""
+BUCKET_ELEMENTS = 10_000_000, 500_000_000
+"""Of gradients in a bucket at least and at most. As many as adapters of some layers have, so that not all are reduced after the
+backward pass; and DeepSpeed's default, which a layer of experts exceeds. There are two buckets."""
 ADAPTERS_SHARE = 0.25
 """Of a layer's elements: what learns is called adapters below that."""
 LIVE_ELEMENTS = 1_000_000_000
@@ -57,7 +56,8 @@ def sizes(model: Any, stage: int, ranks: int) -> dict[str, int]:
     layers = decoder_layers(model)
     trained = max((_elements(p for p in layer.parameters() if p.requires_grad) for layer in layers), default=0)
     reduced = trained if ranks > 1 else 0
-    bucket = {"reduce_bucket_size": min(max(BUCKET_ELEMENTS, reduced), MOST_BUCKET_ELEMENTS)}
+    least, most = BUCKET_ELEMENTS
+    bucket = {"reduce_bucket_size": min(max(least, reduced), most)}
     if stage < 3 or not layers:
         return bucket
     elements = max(_elements(layer.parameters()) for layer in layers)

@@ -1,4 +1,4 @@
-"""What DeepSpeed 0.19.8 does at its start that a trainer does not want. Each is undone here, with its reason and its cost.
+"""What DeepSpeed 0.19.8, or torch for it, does that a trainer does not want. Each is undone here, with its reason and its cost.
 
 Nothing here changes a number that is computed.
 """
@@ -24,6 +24,7 @@ def tame_deepspeed() -> None:
     _no_broadcast_to_nobody()
     _no_release_by_another_pass()
     _no_ranges_for_profilers()
+    _no_search_for_the_device()
 
 
 def _muon_without_inductor() -> None:
@@ -106,3 +107,15 @@ def _no_ranges_for_profilers() -> None:
     import deepspeed.utils.nvtx
 
     deepspeed.utils.nvtx.enable_nvtx = False
+
+
+def _no_search_for_the_device() -> None:
+    """At each use of a stream torch asks which kinds of device are there; ZeRO uses them thousands of times in a step."""
+    searched = torch._utils._get_current_device_index
+    if searched.__name__ != "current":
+
+        def current() -> Any:
+            here = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+            return torch.cuda.current_device() if here else searched()  # type: ignore[no-untyped-call]
+
+        torch._utils._get_current_device_index = current
