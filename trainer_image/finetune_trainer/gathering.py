@@ -1,7 +1,7 @@
 """ZeRO-3's work on the host, which DeepSpeed does for each parameter and each rank, done together for a decoder layer.
 
 It took longer than a layer computes: no rank was ever ahead of its device, and any delay of one rank delayed all of them. Nothing
-here changes what is gathered, only how its copies are made and when the host waits. Import it after `quirks.tame_deepspeed`.
+here changes what is computed, only how copies are made and when the host waits. Import it after `quirks.tame_deepspeed`.
 """
 
 from collections import deque
@@ -60,9 +60,7 @@ class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedP
         if parameter.ds_status != ZeroParamStatus.AVAILABLE or parameter.ds_active_sub_modules:
             return
         if parameter.ds_persist:
-            parameter.ds_status = (
-                ZeroParamStatus.NOT_AVAILABLE
-            )  # out of date; its memory stays until it is gathered again
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # its memory stays until it is gathered again
         else:
             free_param(parameter)
         self.__n_available_params -= parameter.ds_numel
@@ -75,9 +73,7 @@ def wait(handle: Any, handle_dependency: bool = True) -> None:
         return
     handle.allgather_handle.wait()
     ranks, first = handle.world_size, handle.partitions[0]
-    gathered = first.as_strided(
-        (ranks, first.numel()), (first.numel(), 1)
-    )  # all partitions: they are parts of one tensor
+    gathered = first.as_strided((ranks, first.numel()), (first.numel(), 1))  # all: they are parts of one tensor
     sizes = [p.ds_tensor.ds_numel for p in handle.params]
     whole = [first.new_empty((ranks, size)) for size in sizes]
     torch.split_with_sizes_copy(gathered, sizes, dim=1, out=whole)
@@ -119,8 +115,12 @@ class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):  # ty
         return places
 
     def _post_step(self, timer_names: list[str]) -> None:
+        """Theirs gathers by a collective for each."""
+        stream = get_accelerator().current_stream()
         if missing := [p for p in self.persistent_parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
-            missing[0].all_gather_coalesced(missing).wait()  # theirs is a collective for each
+            for parameter in missing if stream is not None else ():
+                parameter.data.record_stream(stream)  # which may still read what is replaced here
+            missing[0].all_gather_coalesced(missing).wait()
         super()._post_step(timer_names)
 
 
