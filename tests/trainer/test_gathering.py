@@ -42,6 +42,7 @@ def taken_apart(flat: torch.Tensor, shapes: list[Any], parts: list[int], ranks: 
 @pytest.mark.parametrize("rank", [0, 1, 2])
 def test_gradients_are_put_in_the_order_of_ranks(rank: int, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients = [torch.randn(shape) for shape in ((4, 6), (7,), (1,), (5, 3))]
+    transposed = [*gradients[:3], gradients[3].t().contiguous().t()]
     sent: list[torch.Tensor] = []
 
     def collective(everything: torch.Tensor, own: torch.Tensor, **_options: Any) -> None:
@@ -53,6 +54,6 @@ def test_gradients_are_put_in_the_order_of_ranks(rank: int, monkeypatch: pytest.
         monkeypatch.setattr(module, "get_world_size", lambda _group=None: 3)
     for module in (gathering, coalesced_collectives):
         monkeypatch.setattr(module, "_torch_reduce_scatter_fn", collective)
-    ours, theirs = (by(gradients) for by in (reduce_scatter, coalesced_collectives.reduce_scatter_coalesced))
+    ours, theirs = reduce_scatter(transposed), coalesced_collectives.reduce_scatter_coalesced(gradients)
     assert all(map(torch.equal, ours, theirs)) and len(ours) == 4
     assert sent[0].shape == sent[1].shape

@@ -136,7 +136,7 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
     """
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
-    by_rank = torch._chunk_cat([tensor.view(-1) for tensor in tensors], dim=0, num_chunks=ranks)
+    by_rank = torch._chunk_cat([tensor.reshape(-1) for tensor in tensors], dim=0, num_chunks=ranks)
     by_rank.div_(ranks)
     _torch_reduce_scatter_fn(by_rank.view(-1), by_rank[rank], group=group)
     parts = torch.split(by_rank[rank], sizes)
