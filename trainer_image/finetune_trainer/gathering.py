@@ -5,7 +5,6 @@ here changes what is computed, only how copies are made and when the host waits.
 """
 
 from collections import deque
-from collections.abc import Iterable
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -25,9 +24,16 @@ Weights of so many layers more are in memory at the worst, since none is reused 
 theirs_wait = AllGatherCoalescedHandle.wait
 theirs_parameters = partitioned_param_coordinator.iter_params
 _parameters: WeakKeyDictionary[torch.nn.Module, tuple[Any, ...]] = WeakKeyDictionary()
+Coordinator = partitioned_param_coordinator.PartitionedParameterCoordinator
+(_releasable,) = (
+    cell.cell_contents
+    for cell in Coordinator._PartitionedParameterCoordinator__params_to_release.__closure__
+    if hasattr(cell.cell_contents, "cache_clear")
+)
+"""What the coordinator remembers of each place of a pass: which parameters may be released there."""
 
 
-class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedParameterCoordinator):  # type: ignore[misc]
+class PartitionedParameterCoordinator(Coordinator):  # type: ignore[misc,valid-type]
     """Waits once for what a module needs. It has its base's name, so that private attributes are the base's too."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
@@ -53,6 +59,15 @@ class PartitionedParameterCoordinator(partitioned_param_coordinator.PartitionedP
             event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
             event.record()
             self._computed.append(event)
+
+    def _invalidate_trace(self) -> None:
+        """Also forgets what may be released, which theirs keeps when it has noticed that passes are others.
+
+        The first one here has no backward pass (a trial, an evaluation). From then on every weight was released that the
+        backward pass begins with, and head and last layers were gathered twice in each step.
+        """
+        super()._invalidate_trace()
+        _releasable.cache_clear()
 
     @lazy_disable  # type: ignore[untyped-decorator]
     def __release_param(self, parameter: Any, free_data: bool = True) -> None:
@@ -84,7 +99,7 @@ def wait(handle: Any, handle_dependency: bool = True) -> None:
     handle.complete = True
 
 
-def parameters_of(module: torch.nn.Module, recurse: bool = False) -> Iterable[Any]:
+def parameters_of(module: torch.nn.Module, recurse: bool = False) -> tuple[Any, ...]:
     """Of a module, or of all within; the latter are looked up once, as they stay the same once the engine is there."""
     if not recurse:
         return tuple(theirs_parameters(module))

@@ -22,7 +22,6 @@ def tame_deepspeed() -> None:
     _no_shared_memory_collectives()
     _no_memory_reports()
     _no_broadcast_to_nobody()
-    _no_release_by_another_pass()
     _no_ranges_for_profilers()
     _no_search_for_the_device()
 
@@ -78,28 +77,6 @@ def _no_broadcast_to_nobody() -> None:
                 broadcast(self)
 
         DeepSpeedEngine._broadcast_model = unless_alone
-
-
-def _no_release_by_another_pass() -> None:
-    """ZeRO-3 remembers for each place of a pass what it may release there, also when it has noticed that passes are others.
-
-    The first one here has no backward pass (a trial, an evaluation). From then on every weight was released that the backward
-    pass begins with, and head and last layers were gathered twice in each step.
-    """
-    from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator as Coordinator
-
-    invalidate = Coordinator._invalidate_trace
-    if invalidate.__name__ != "and_forget":
-        cells = [
-            cell.cell_contents for cell in Coordinator._PartitionedParameterCoordinator__params_to_release.__closure__
-        ]
-        (remembered,) = (content for content in cells if hasattr(content, "cache_clear"))
-
-        def and_forget(self: Any) -> None:
-            invalidate(self)
-            remembered.cache_clear()
-
-        Coordinator._invalidate_trace = and_forget
 
 
 def _no_ranges_for_profilers() -> None:
