@@ -4,6 +4,7 @@ import gzip
 import json
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,22 +30,22 @@ def _step(name: str, run: Callable[[Path], str], after: Sequence[str] = (), log:
 
 
 def test_steps_run_side_by_side_and_after_what_they_need() -> None:
-    times: dict[str, tuple[float, float]] = {}
+    together, ended = threading.Barrier(2), list[str]()
 
-    def take(name: str) -> Callable[[Path], str]:
+    def meet(name: str) -> Callable[[Path], str]:
         def run(_: Path) -> str:
-            begun = time.monotonic()
-            time.sleep(0.2)
-            times[name] = (begun, time.monotonic())
+            together.wait(60)  # breaks unless both run at the same time
+            ended.append(name)
             return name
 
         return run
 
-    steps = [_step("a", take("a")), _step("b", take("b")), _step("c", take("c"), after=["a", "b"])]
+    def last(_: Path) -> str:
+        return "after " + " and ".join(sorted(ended))
+
+    steps = [_step("a", meet("a")), _step("b", meet("b")), _step("c", last, after=["a", "b"])]
     run_all(steps, Silent(), 0.01)
-    assert [step.result for step in steps] == ["a", "b", "c"]
-    assert times["a"][0] < times["b"][1] and times["b"][0] < times["a"][1], "independent steps overlap"
-    assert times["c"][0] >= max(times["a"][1], times["b"][1])
+    assert [step.result for step in steps] == ["a", "b", "after a and b"]
 
 
 def test_a_failing_step_says_what_to_do_and_ends_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
