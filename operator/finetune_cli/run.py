@@ -135,9 +135,9 @@ def _watch(run: LocalRun, options: argparse.Namespace, places: machine.Places) -
     with _signals(interrupts), open_display(name) as display:
         asked = 0
         while True:
-            if len(interrupts) > asked:
-                asked = len(interrupts)
-                _interrupt(run, first=asked == 1)
+            if asked < len(interrupts):  # one at a time: two may have come since the last look
+                _interrupt(run, first=asked == 0)
+                asked += 1
             run.tick()
             display.show(run.job, run.progress())
             if run.ended:

@@ -125,6 +125,17 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(command: Command) -> None:
     assert status == 0 and command.log(2).startswith("started")
 
 
+def test_two_signals_at_once_stop_it_at_once(command: Command) -> None:
+    process = command.start("wait")
+    trainer = command.wait_for_start()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        process.send_signal(number)
+    said, _ = process.communicate(timeout=60)
+    assert process.returncode == 130, said
+    assert "interrupted, nothing was saved" in said
+    assert not command.log(2) and not Path(f"/proc/{trainer}").exists()
+
+
 def test_an_interrupted_run_goes_on_with_other_ranks_and_is_otherwise_the_same(command: Command) -> None:
     process = command.start("wait")
     command.wait_for_start()
