@@ -19,6 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-recomputed": {"training__activationCheckpointing": "Full"},
     "lora-every-second-recomputed": {"training__activationCheckpointing": "SelectiveLayer"},
     "lora-compiled": {"training__compile": True, "training__packing": True},
+    "lora-hpz": {"deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}}},
     "full": {**FULL, **PURE},
     "full-compiled": {**FULL, **PURE, "training__compile": True, "training__packing": True},
     "last-layer": {**PURE, "method": "Freeze", "adapter": None, "freeze": LAST_LAYER},

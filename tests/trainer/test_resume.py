@@ -15,6 +15,7 @@ from tests.trainer.jobs import FULL
 TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
 CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
 DROPOUT: dict[str, Any] = {"training__packing": True, "adapter__dropout": 0.1}
+HPZ: dict[str, Any] = {"deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
 CASES: dict[str, dict[str, Any]] = {
     "lora-zero0-packing-dropout": DROPOUT,
     "lora-zero0-fp32": {"training__precision": "FP32", "adapter__dropout": 0.1},
@@ -28,6 +29,8 @@ CASES: dict[str, dict[str, Any]] = {
         "deepspeed__zeroStage": 3,
         "training__activationCheckpointing": "Full",
     },
+    "full-zero3-2ranks-hpz": {**FULL, **TWO, **HPZ, "deepspeed__zeroStage": 3},
+    "lora-zero3-2ranks-hpz": {**TWO, **HPZ, "deepspeed__zeroStage": 3},
     "full-zero2-offload": {**FULL, **CPU, "deepspeed__zeroStage": 2},
     "full-zero3-offload-all": {**FULL, **CPU, "deepspeed__zeroStage": 3, "deepspeed__offloadParameters": "CPU"},
     "qlora-4bit-dora-loraplus-packing-dropout-selective": {

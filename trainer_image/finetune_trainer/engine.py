@@ -120,7 +120,8 @@ def step(engine: Any, max_grad_norm: float) -> float:
     """Clips by the global norm and updates the weights, after the last micro-batch's backward.
 
     Returns:
-        The norm of the whole gradient over all ranks, before clipping.
+        The norm of the whole gradient over all ranks, before clipping. It is waited for, and the new weights with it: ZeRO-3
+        gathers them on another stream.
     """
     norm = None if is_partitioned(engine) else _clip_gradients(engine.optimizer, max_grad_norm or float("inf"))
     engine.step()

@@ -9,7 +9,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.comm.coalesced_collectives import _torch_reduce_scatter_fn
 from deepspeed.runtime.compiler import lazy_disable
 from deepspeed.runtime.zero import parameter_offload, partitioned_param_coordinator, stage3
@@ -43,14 +42,17 @@ class PartitionedParameterCoordinator(Coordinator):  # type: ignore[misc,valid-t
     def _fetch_sub_module_impl(self, module: Any, forward: bool, is_leaf: bool) -> None:
         while len(self._computed) > LAYERS_AHEAD:
             self._computed.popleft().synchronize()
-        parameters = parameters_of(module, is_leaf)
+        if is_leaf:
+            self._fetch_together(parameters_of(module, recurse=True), forward)
+        super()._fetch_sub_module_impl(module, forward, is_leaf)  # finds that all is there, and gathers in advance
+
+    def _fetch_together(self, parameters: tuple[Any, ...], forward: bool) -> None:
         if missing := {p for p in parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE}:
             self.__all_gather_params(missing, forward)
         handles = [self.__inflight_param_registry.pop(p) for p in parameters if p in self.__inflight_param_registry]
         with torch.cuda.stream(self.__allgather_stream):
             for handle in dict.fromkeys(handles):
                 handle.wait()
-        super()._fetch_sub_module_impl(module, forward, is_leaf)  # finds that all is there, and gathers in advance
 
     def release_sub_module(self, module: Any, forward: bool = False) -> None:
         super().release_sub_module(module, forward)
@@ -75,7 +77,10 @@ class PartitionedParameterCoordinator(Coordinator):  # type: ignore[misc,valid-t
         if parameter.ds_status != ZeroParamStatus.AVAILABLE or parameter.ds_active_sub_modules:
             return
         if parameter.ds_persist:
-            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE  # its memory stays until it is gathered again
+            _record_stream(
+                parameter.data
+            )  # which stays until it is gathered again, by a stream that is ahead of this one
+            parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         else:
             free_param(parameter)
         self.__n_available_params -= parameter.ds_numel
@@ -92,11 +97,13 @@ def wait(handle: Any, handle_dependency: bool = True) -> None:
     sizes = [p.ds_tensor.ds_numel for p in handle.params]
     whole = [first.new_empty((ranks, size)) for size in sizes]
     torch.split_with_sizes_copy(gathered, sizes, dim=1, out=whole)
+    _record_stream(gathered)
     for parameter, data in zip(handle.params, whole, strict=True):
         data = data.view(-1)[: parameter.ds_numel].view(parameter.ds_shape)
         parameter.data = data.to(parameter.ds_tensor.dtype)
         parameter.ds_status = ZeroParamStatus.AVAILABLE
     handle.complete = True
+    handle.partitions, handle.allgather_handle = [], None  # what was gathered: the next layer's may have its memory
 
 
 def parameters_of(module: torch.nn.Module, recurse: bool = False) -> tuple[Any, ...]:
@@ -115,13 +122,11 @@ class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):  # ty
         """Puts this rank's parts of gradients where they are added up; the last rank may have none of a small one."""
         if self.offload_optimizer:
             return super().partition_grads(parameters, partitions)
-        stream = get_accelerator().current_stream()
         places = []
         for parameter, partition in zip(parameters, partitions, strict=True):
             place = self.__param_id_to_grad_partition[parameter.ds_id]
             places.append(place.narrow(0, 0, partition.numel()))
-            if stream is not None:
-                parameter.grad.record_stream(stream)
+            _record_stream(parameter.grad)
             parameter.grad = None
         if self.micro_step_id == 0:
             torch._foreach_copy_(places, partitions)
@@ -131,10 +136,7 @@ class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):  # ty
 
     def _post_step(self, timer_names: list[str]) -> None:
         """Theirs gathers by a collective for each."""
-        stream = get_accelerator().current_stream()
         if missing := [p for p in self.persistent_parameters if p.ds_status == ZeroParamStatus.NOT_AVAILABLE]:
-            for parameter in missing if stream is not None else ():
-                parameter.data.record_stream(stream)  # which may still read what is replaced here
             missing[0].all_gather_coalesced(missing).wait()
         super()._post_step(timer_names)
 
@@ -143,7 +145,7 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
     """As `reduce_scatter_coalesced`: one operation puts gradients in the order of ranks, not a slice for each and each rank.
 
     Args:
-        tensors: gradients, whole.
+        tensors: gradients, whole. One that is alone (an embedding, a head) and divides by ranks is overwritten.
         group: of ranks.
 
     Returns:
@@ -151,12 +153,20 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
     """
     rank, ranks = torch.distributed.get_rank(group), torch.distributed.get_world_size(group)
     sizes = [-(-tensor.numel() // ranks) for tensor in tensors]
-    by_rank = torch._chunk_cat([tensor.reshape(-1) for tensor in tensors], dim=0, num_chunks=ranks)
+    flat = [tensor.reshape(-1) for tensor in tensors]
+    in_order = len(flat) == 1 and len(flat[0]) % ranks == 0
+    by_rank = flat[0].view(ranks, -1) if in_order else torch._chunk_cat(flat, dim=0, num_chunks=ranks)
     by_rank.div_(ranks)
     _torch_reduce_scatter_fn(by_rank.view(-1), by_rank[rank], group=group)
     parts = torch.split(by_rank[rank], sizes)
     ends = (max(0, min(size, t.numel() - rank * size)) for size, t in zip(sizes, tensors, strict=True))
     return [part[:end] for part, end in zip(parts, ends, strict=True)]
+
+
+def _record_stream(tensor: torch.Tensor) -> None:
+    """What the current stream has yet to do may read it after the host has let go of it: its memory is not reused before."""
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream())
 
 
 def install() -> None:

@@ -61,7 +61,7 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
         liger.apply(causal_lm, device, compiled=training.compile)
     together = decoder_layers(causal_lm) if spec.deepspeed.zero_stage == 3 else None
     if together is not None:
-        gather_whole(together)
+        gather_whole(together, spec.deepspeed.config or {})
     plain = True
     if spec.adapter is not None:
         plain = lora_linear.install(model, together)

@@ -27,17 +27,22 @@ def decoder_layers(model: Any) -> list[Any]:
     return list(getattr(model.get_decoder(), "layers", None) or [])
 
 
-def gather_whole(layers: list[Any]) -> None:
+def gather_whole(layers: list[Any], config: dict[str, Any]) -> None:
     """Lets ZeRO-3 gather each layer at once, which DeepSpeed calls a leaf; to be called before the engine is built.
 
     The gradients of a leaf are reduced when that of its input is there, or at once where the input needs none, which is too
     early. The first layer that learns therefore gets an input that needs one.
+
+    Args:
+        layers: of the model.
+        config: the job's own settings for DeepSpeed. With second parts on each node (hpZ) the work is done as DeepSpeed does it.
     """
     from deepspeed.utils import set_z3_leaf_module
 
     from finetune_trainer import gathering
 
-    gathering.install()
+    if config.get("zero_optimization", {}).get("zero_hpz_partition_size", 1) <= 1:
+        gathering.install()
     for layer in layers:
         set_z3_leaf_module(layer, True)
     learning = (layer for layer in layers if any(p.requires_grad for p in layer.parameters()))

@@ -93,6 +93,8 @@ def restore(engine: Any, tensors: dict[str, torch.Tensor]) -> None:
     if hasattr(optimizer, "ds_opt_adam"):
         _replay_cpu_adam(optimizer, int(tensors.get(f"0.{STEP}", torch.zeros(1))))
     _refresh(engine)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the first layer's weights are gathered on another stream than they were written on
 
 
 def _value(optimizer: Any, name: str, saved: torch.Tensor, master: torch.Tensor) -> Any:
@@ -127,6 +129,7 @@ def _refresh(engine: Any) -> None:
         optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp16_groups)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        optimizer.invalidate_secondary_tensor()  # each node's own parts, of the weights that were loaded
         if optimizer.persistent_parameters:  # small ones stay whole on every rank: gather them again
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif is_partitioned(engine):
