@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from cluster import cgroups, network
+from cluster import cgroups, network, processes
 
 from .conftest import Instance, eventually
 
@@ -123,7 +123,7 @@ def _both_serve(instance: Instance) -> bool:
 def test_up_again_is_quick_and_prints_only_the_kubeconfig(running: Instance) -> None:
     before, start = running.parts(), time.monotonic()
     assert running.run("up") == f"{running.settings.kubeconfig}\n"
-    assert time.monotonic() - start < 5
+    assert time.monotonic() - start < 20
     assert running.parts() == before
 
 
@@ -241,7 +241,7 @@ def test_every_part_comes_back_and_no_pod_notices(apps: Instance) -> None:
     started = {node: _pod(apps, node)["status"]["containerStatuses"][0] for node in ("node-0", "node-1")}
     for pid in before.values():
         assert pid is not None
-        os.kill(pid, signal.SIGKILL)
+        processes.send(pid, signal.SIGKILL)
 
     def all_new() -> bool:
         now = apps.parts()
@@ -296,7 +296,7 @@ def test_a_killed_node_loses_its_pods_and_comes_back(apps: Instance) -> None:
 
 def test_up_after_everything_was_killed_keeps_the_state(apps: Instance) -> None:
     for pid in cgroups.members(apps.settings.cgroup):
-        os.kill(pid, signal.SIGKILL)
+        processes.send(pid, signal.SIGKILL)  # which may have ended with its parent
     eventually(lambda: not cgroups.members(apps.settings.cgroup), "the end of all", 10)
     apps.run("up")
     eventually(lambda: _both_serve(apps), "pods", 60)

