@@ -102,13 +102,15 @@ def write_model(folder: Path, shape: dict[str, Any], *, tokenizer: Any = None, s
     """Writes a Llama; all matrices repeat the same random values.
 
     Args:
-        folder: is made.
+        folder: is made, and is there once all is written.
         shape: its configuration.
         tokenizer: is saved beside it; None: a small one.
         spill: a folder on another disk for the files that the first has no room for; links to them are in `folder`.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    whole, folder = folder, folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     tokenizer = tokenizer or tiny.make_tokenizer()
     tokenizer.save_pretrained(folder)
@@ -128,7 +130,7 @@ def write_model(folder: Path, shape: dict[str, Any], *, tokenizer: Any = None, s
         "weight_map": {name: file for file, content in shards.items() for name in content},
     }
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
-    return folder
+    return folder.rename(whole)
 
 
 def weights_digest(output: Path) -> str:

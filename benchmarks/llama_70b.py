@@ -23,7 +23,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.jobs import SHAPES, write_model
-from benchmarks.local_job import CPUS, LocalJob, inputs
+from benchmarks.local_job import CPUS, LocalJob, inputs, jobs_folder
 from benchmarks.scaling import told
 from tests.trainer import published, tiny
 
@@ -31,6 +31,8 @@ FITS_NOWHERE = "llama2-70b-full"
 EARLIER = (FITS_NOWHERE, "llama2-70b-lora-r8")
 LAST = "llama2-70b-lora-zero3"
 VARIANTS = {"as published": "CPU", "without offload": "None"}
+REFUSED = "cannot fit on"
+"""In what is said of a job whose state has no room (`finetune_trainer.memory`)."""
 WARMUP = 2
 
 
@@ -51,10 +53,10 @@ def main() -> int:
     options = parser.parse_args()
     results: dict[str, Any] = {"ranks": options.ranks, "length": options.length}
     with (
-        tempfile.TemporaryDirectory(prefix="llama-70b-", dir=options.folder) as folder,
         tempfile.TemporaryDirectory(prefix="llama-70b-", dir=options.spill) as spill,
+        jobs_folder("llama-70b-", options.folder) as root,
     ):
-        root, started = Path(folder), time.monotonic()
+        started = time.monotonic()
         shape = SHAPES["tiny" if options.tiny else "70b"]
         shape = {**shape, "num_hidden_layers": options.layers or shape["num_hidden_layers"]}
         if options.model:
@@ -84,14 +86,19 @@ def _earlier(root: Path, case: str, options: argparse.Namespace) -> dict[str, An
     job = LocalJob(root / case, case, _spec(root, case, options))
     started = time.time()
     job.start()
-    over = job.wait(lambda: job.ended or bool(job.steps), options.limit, what="an end or a first step")
-    trains = bool(job.steps)
-    job.end()
-    result: dict[str, Any] = {"seconds": round(over - started, 1), "trains": trains}
-    if not trains:
-        return {**result, "said": job.status["message"]}
-    result["log"] = told(job.log)
-    return result if case != FITS_NOWHERE or options.tiny else {**result, "error": "it was not refused"}
+    try:
+        over = job.wait(lambda: job.ended or bool(job.steps), options.limit, what="an end or a first step")
+    except RuntimeError as error:
+        return {"error": str(error)}
+    finally:
+        job.end()
+    result: dict[str, Any] = {"seconds": round(over - started, 1), "trains": bool(job.steps)}
+    if job.steps:
+        result["log"] = told(job.log)
+        return result if case != FITS_NOWHERE or options.tiny else {**result, "error": "it was not refused"}
+    if REFUSED not in job.said:
+        return {**result, "error": f"it ended for another reason:\n{job.said[-1500:]}"}
+    return {**result, "said": job.status["message"]}
 
 
 def _trained(root: Path, variant: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -105,7 +112,7 @@ def _trained(root: Path, variant: str, options: argparse.Namespace) -> dict[str,
         wanted = WARMUP + options.steps
         job.wait(lambda: len(job.steps) >= wanted, options.limit, what="the last step", pause=0.2)
     except RuntimeError as error:
-        return {"error": str(error)}
+        return {"step_seconds": [round(step["seconds"], 3) for step in job.steps], "error": str(error)}
     finally:
         job.end()
     steps = job.steps[WARMUP : WARMUP + options.steps]
@@ -138,6 +145,7 @@ def _spec(root: Path, case: str, options: argparse.Namespace) -> dict[str, Any]:
         spec["training"]["attention"] = "Auto"
     spec["trainer"]["resourcesPerNode"] = CPUS
     spec["checkpoint"] = {"everySteps": 100000}
+    spec["recovery"] = {"backoffLimit": 0}
     return spec
 
 

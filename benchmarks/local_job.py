@@ -5,25 +5,42 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.state import RankState, read_state
+from finetune_trainer.state import RankState, read_failure, read_state
 
 CPUS = {"limits": {"cpu": str(os.cpu_count())}}
 """`resourcesPerNode`: all of this machine's."""
 
 
-def inputs(root: Path) -> dict[str, Any]:
+def inputs(root: Path, model: str = "model") -> dict[str, Any]:
     """The part of a spec that says where model and texts are; jobs of one program share a cache."""
     return {
-        "model": {"uri": f"file://{root / 'model'}"},
+        "model": {"uri": f"file://{root / model}"},
         "datasets": {"train": [{"uri": f"file://{root / 'train.jsonl'}", "format": "Text"}]},
         "cache": {"uri": f"file://{root / 'cache'}"},
     }
+
+
+@contextmanager
+def jobs_folder(prefix: str, parent: Path | None) -> Iterator[Path]:
+    """A folder for a program's jobs. However the program ends, by an error or SIGTERM too, they are ended and it is removed."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=parent, ignore_cleanup_errors=True) as folder:
+        try:
+            yield Path(folder)
+        finally:
+            for job in _started:
+                job.end()
+
+
+_started: list["LocalJob"] = []
 
 
 @dataclass
@@ -55,6 +72,7 @@ class LocalJob:
                 stderr=said,
                 start_new_session=True,
             )
+        _started.append(self)
 
     def states(self) -> list[RankState]:
         """The newest word of each rank of the newest attempt."""
@@ -67,6 +85,12 @@ class LocalJob:
         for rank, state in newest.items():
             self.peak_bytes[rank] = max(self.peak_bytes.get(rank, 0), state.memory_peak_bytes)
         return [state for _, state in sorted(newest.items())]
+
+    def failure_times(self) -> list[float]:
+        """When ranks that are just ending said why (`time.time()`); it is known until the attempt is over."""
+        files = (self.folder / "tmp").glob("finetune-*/failure-*.json")
+        read = [read_failure(file.parent, int(file.stem.partition("-")[2])) for file in files]
+        return [time.time() - (time.monotonic() - failure.time) for failure in read if failure is not None]
 
     def wait(self, reached: Callable[[], bool], limit: float, *, what: str, pause: float = 0.02) -> float:
         """Waits until something is so and returns the time (`time.time()`).
@@ -92,13 +116,17 @@ class LocalJob:
         """Ends it at once and saves nothing."""
         for _ in range(2):
             if not self.ended:
-                self._process.send_signal(signal.SIGINT)
+                self._process.terminate()  # not SIGINT, which a shell's background processes are made to ignore
                 time.sleep(1)
-        self._process.wait(60)
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
 
     def interrupt(self) -> int:
         """As Ctrl-C does: it saves and leaves. Returns its exit status."""
-        self._process.send_signal(signal.SIGINT)
+        self._process.terminate()
         return self.exit_status(120)
 
     def exit_status(self, limit: float) -> int:

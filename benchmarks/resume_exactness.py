@@ -2,15 +2,16 @@
 
     python benchmarks/resume_exactness.py [--num-proc 1] [--model FOLDER] [--steps 12] [--only WORD] [--parallel 1]
 
-Needs no cluster. Prints one JSON object: for each mode whether the exported weights are byte-identical, both final losses with
-every digit, the device, what computed attention, and how long it took. Exit status 1 if a mode differs. Without --model
-it makes a small random Llama; its speed says nothing, its exactness does. With one rank each step has two micro-batches.
+Needs no cluster. Prints one JSON object: for each mode whether it was resumed and the exported weights are byte-identical, both
+final losses with every digit, the device, what computed attention, and how long it took. Exit status 1 if a mode differs. Without
+--model it makes a small random Llama; its speed says nothing, its exactness does. With one rank each step has two micro-batches.
 """
 
 import argparse
 import json
 import sys
 import tempfile
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -81,25 +82,33 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=12, help="optimizer steps of each run")
     parser.add_argument("--parallel", type=int, default=1, help="modes at a time")
     parser.add_argument("--only", default="", help="only modes that contain this word")
+    parser.add_argument("--json", type=Path, help="also write the result here, after each mode")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    chosen = {mode: changes for mode, changes in MODES.items() if options.only in mode}
+    if not chosen:
+        parser.error(f"--only: no mode contains `{options.only}`; they are: {'; '.join(MODES)}")
+    modes: dict[str, Any] = {}
+    turn = threading.Lock()
+    results = {"steps": options.steps, "num_proc": options.num_proc, "modes": modes}
     with tempfile.TemporaryDirectory(prefix="resume-exactness-") as folder:
         root = Path(folder)
         model = options.model or tiny.make_model(root / "model", layers=4)
         train = tiny.write_jsonl(root / "train.jsonl", tiny.chats(64, seed=1))
         held_out = tiny.write_jsonl(root / "held-out.jsonl", tiny.chats(16, seed=2))
-        chosen = {mode: changes for mode, changes in MODES.items() if options.only in mode}
 
         def compare(number: int, mode: str) -> None:
             result = _compare(root / str(number), model, train, held_out, options, chosen[mode])
-            results[mode] = result
             verdict = "identical" if result["identical"] else json.dumps(result)
-            print(f"{mode}: {verdict}; {result.get('attention', '')}", file=sys.stderr, flush=True)
+            with turn:
+                modes[mode] = result
+                print(f"{mode}: {verdict}; {result.get('attention', '')}", file=sys.stderr, flush=True)
+                if options.json:
+                    options.json.write_text(json.dumps(results, indent=1), encoding="utf-8")
 
         with ThreadPoolExecutor(options.parallel) as pool:
             list(pool.map(compare, range(len(chosen)), chosen))
-    print(json.dumps({"steps": options.steps, "num_proc": options.num_proc, "modes": results}, indent=1))
-    return 0 if all(result["identical"] for result in results.values()) else 1
+    print(json.dumps(results, indent=1))
+    return 0 if all(result["identical"] for result in modes.values()) else 1
 
 
 def _compare(
@@ -113,7 +122,7 @@ def _compare(
         return {"identical": False, "error": str(error)[-1500:]}
     attention = unbroken.pop("attention"), broken.pop("attention")
     return {
-        "identical": unbroken["sha256"] == broken["sha256"],
+        "identical": unbroken["sha256"] == broken["sha256"] and bool(broken["resumed_from_step"]),
         "attention": attention[0],
         "unbroken": unbroken,
         "broken": broken,
@@ -126,14 +135,17 @@ def _run(
     spec = launch(folder, model, train, held_out, **changes)
     started = time.perf_counter()
     pod = Pod(folder, spec, None)
-    if kill_after is not None:
-        pod.wait_for_step(kill_after)
-        pod.kill_rank()
-        code = pod.wait()
-        assert code == 90, f"exit code {code} after the kill:\n{pod.log}"
-        pod = Pod(folder, next_attempt(spec), None)
-    code = pod.wait()
-    assert code == 0, f"exit code {code}:\n{pod.log}"
+    try:
+        if kill_after is not None:
+            pod.wait_for_step(kill_after)
+            pod.kill_rank()
+            code = pod.wait()
+            assert code == 90, f"exit code {code} after the kill:\n{pod.log}"
+            pod = Pod(folder, next_attempt(spec), None)
+        pod.done()
+    finally:
+        if pod.exit_code() is None:
+            pod.terminate()
     state = json.loads((folder / "output" / "train_result.json").read_text())
     return {
         "sha256": weights_digest(folder / "output"),

@@ -6,8 +6,8 @@ Each run is `finetune run` on a random model of the shape: rows packed to `--len
 that, so many rows for each rank whatever their number (weak scaling), one micro-batch a step, which exposes communication most.
 LoRA is r16 in BF16, two rows; full is PureBF16, one row. Speed is that of the median step after `tracking.profiler` has taken its
 trace; efficiency is the speed of a GPU divided by that of the one alone; memory is each rank's own peak. Communication is told
-from every rank's trace (see traces.py). A run is ended when it has been measured, without its last checkpoint. On a machine
-without GPUs the ranks are processes, which shows that the program works and nothing else.
+from every rank's trace (see traces.py). A run is ended when it has been measured, without its last checkpoint, and none is begun
+anew. On a machine without GPUs the ranks are processes, which shows that the program works and nothing else.
 """
 
 import argparse
@@ -15,7 +15,6 @@ import json
 import shutil
 import statistics
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import traces
 from benchmarks.jobs import SHAPES, write_documents, write_model
-from benchmarks.local_job import CPUS, LocalJob, inputs
+from benchmarks.local_job import CPUS, LocalJob, inputs, jobs_folder
 
 WAIT, WARMUP, ACTIVE = 3, 1, 2
 """Steps of the profiler; the first ones compile."""
@@ -42,7 +41,7 @@ def main() -> int:
     """Runs every combination, one rank first."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="tiny", help="of the model")
-    parser.add_argument("--methods", default="lora,full", help=f"of {', '.join(METHODS)}")
+    parser.add_argument("--methods", type=_methods, default="lora,full", help=f"of {', '.join(METHODS)}")
     parser.add_argument("--ranks", default="1,2", help="GPUs; one alone is the measure for the others")
     parser.add_argument("--stages", default="0,1,2,3", help="ZeRO stages on several ranks; one rank has stage 0")
     parser.add_argument("--steps", type=int, default=6, help="measured steps")
@@ -58,12 +57,12 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the result here")
     options = parser.parse_args()
     runs: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="scaling-", dir=options.folder) as folder:
-        root = options.keep.absolute() if options.keep else Path(folder)
-        if not (root / "model").exists():
-            write_model(root / "model", SHAPES[options.shape])
+    with jobs_folder("scaling-", options.folder) as folder:
+        root = options.keep.absolute() if options.keep else folder
+        if not (root / _model(options.shape)).exists():
+            write_model(root / _model(options.shape), SHAPES[options.shape])
         write_documents(root / "train.jsonl", options.length)
-        for method in options.methods.split(","):
+        for method in options.methods:
             alone: float | None = None
             for ranks in map(int, options.ranks.split(",")):
                 for stage in [0] if ranks == 1 else map(int, options.stages.split(",")):
@@ -78,6 +77,16 @@ def main() -> int:
                         options.json.write_text(json.dumps(runs, indent=1), encoding="utf-8")
     print(json.dumps(runs, indent=1))
     return 0 if all("error" not in run for run in runs) else 1
+
+
+def _methods(text: str) -> list[str]:
+    if wrong := set(text.split(",")) - set(METHODS):
+        raise argparse.ArgumentTypeError(f"must be of {', '.join(METHODS)}, not {', '.join(wrong)}")
+    return text.split(",")
+
+
+def _model(shape: str) -> str:
+    return f"model-{shape}"
 
 
 def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -97,15 +106,17 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
     }
     profiler = {"uri": f"file://{root / 'traces'}", "wait": WAIT, "warmup": WARMUP, "active": ACTIVE}
     spec = {
-        **inputs(root),
+        **inputs(root, _model(options.shape)),
         **choice,
         "training": training,
         "deepspeed": {"zeroStage": stage, "config": json.loads(options.deepspeed)},
         "trainer": {"numProcPerNode": ranks, "resourcesPerNode": CPUS},
         "checkpoint": {"everySteps": 100000},
+        "recovery": {"backoffLimit": 0},
         "tracking": {"profiler": profiler},
     }
-    result: dict[str, Any] = {"method": method, "ranks": ranks, "settings": {**training, **spec["deepspeed"]}}
+    settings = {**training, **spec["deepspeed"]}
+    result: dict[str, Any] = {"shape": options.shape, "method": method, "ranks": ranks, "settings": settings}
     for old in [root / name, *(root / "traces").glob(f"{name}-*")]:
         shutil.rmtree(old, ignore_errors=True)
     job = LocalJob(root / name, name, spec)
@@ -113,7 +124,7 @@ def _run(root: Path, method: str, ranks: int, stage: int, options: argparse.Name
     try:
         job.wait(lambda: len(job.steps) >= before + options.steps, options.limit, what="the last step", pause=0.1)
     except RuntimeError as error:
-        return {**result, "error": str(error)}
+        return {**result, "step_seconds": [round(step["seconds"], 4) for step in job.steps], "error": str(error)}
     finally:
         job.end()
     steps = job.steps[before : before + options.steps]
