@@ -11,7 +11,9 @@ from finetune_api.reports import Activity
 
 MAX_ATTEMPTS_KEPT = 20
 MAX_METRICS = 24
-Message = Annotated[str, Field(max_length=2048)]
+MESSAGE_LIMIT = 2048
+"""Characters of a message."""
+Message = Annotated[str, Field(max_length=MESSAGE_LIMIT)]
 Number = Annotated[str, Field(max_length=32)]
 """A decimal number as text."""
 

@@ -28,6 +28,10 @@ class FollowError(CliError):
     """The job cannot be followed; the message says why."""
 
 
+class UnansweredError(FollowError):
+    """The API server does not answer now, or has too much to do."""
+
+
 def main(options: argparse.Namespace) -> int:
     """Follows the job of a command line; see `run`."""
     try:
@@ -47,10 +51,15 @@ def run(name: str, namespace: str | None, timeout_seconds: float | None) -> int:
         FollowError: no cluster answers, the job does not exist, or the time is over.
     """
     source = _JobSource(name, namespace)
+    job: FineTuneJob | None = None
     deadline = time.monotonic() + timeout_seconds if timeout_seconds else None
     with open_display(name) as display:
         while True:
-            job = source.job()
+            try:
+                job = source.job()
+            except UnansweredError:
+                if job is None:
+                    raise  # later it may be restarting, and the job goes on
             if job.status.state in FINISHED:
                 display.show(job, None)
                 return 0 if job.status.state is State.COMPLETE else 1
@@ -82,9 +91,10 @@ class _JobSource:
         except ApiException as error:
             if error.status == 404:
                 raise FollowError(f"no FineTuneJob `{self.name}` in namespace `{self.namespace}`") from error
-            raise FollowError(f"the API server refused: {error.reason} ({error.status})") from error
+            kind = UnansweredError if error.status == 429 or error.status >= 500 else FollowError
+            raise kind(f"the API server refused: {error.reason} ({error.status})") from error
         except HTTPError as error:
-            raise FollowError(f"the API server does not answer: {error}") from error
+            raise UnansweredError(f"the API server does not answer: {error}") from error
         return FineTuneJob.from_object(body)
 
     def progress(self, job: FineTuneJob) -> ProgressReport | None:

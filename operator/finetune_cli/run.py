@@ -1,6 +1,7 @@
 """`finetune run`: a job on this machine, without Kubernetes. Reads the manifest, shows the run, says what came out."""
 
 import argparse
+import errno
 import importlib.util
 import os
 import shlex
@@ -8,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -139,7 +140,8 @@ def _watch(run: LocalRun, options: argparse.Namespace, places: machine.Places) -
                 _interrupt(run, first=asked == 0)
                 asked += 1
             run.tick()
-            display.show(run.job, run.progress())
+            with _seen_or_not():
+                display.show(run.job, run.progress())
             if run.ended:
                 run.tick()  # what the trainer said at the very end
                 break
@@ -151,9 +153,22 @@ def _interrupt(run: LocalRun, *, first: bool) -> None:
     if first:
         run.suspend()
         grace = run.config.termination_grace_seconds
-        print(f"\nsaving a checkpoint and leaving, within {grace} s (again: at once, without saving)", file=sys.stderr)
+        with suppress(OSError):  # the terminal may be gone
+            print(
+                f"\nsaving a checkpoint and leaving, within {grace} s (again: at once, without saving)", file=sys.stderr
+            )
     else:
         run.kill()
+
+
+@contextmanager
+def _seen_or_not() -> Iterator[None]:
+    """What is shown may reach nobody (a pipe or a terminal that is gone, a full disk); the run goes on all the same."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.EPIPE, errno.EIO):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -238,6 +238,9 @@ BAD: dict[str, Bad] = {
         "spec.tracking.profiler", {"uri": "pvc://traces", "active": 0}, ("spec.tracking.profiler.active", "equal to 1")
     ),
     "deadline 0": Bad("spec.activeDeadlineSeconds", 0, ("spec.activeDeadlineSeconds", "greater than or equal to 1")),
+    "deadline of a thousand years": Bad(
+        "spec.activeDeadlineSeconds", 31536000000, ("spec.activeDeadlineSeconds", "less than or equal to 2147483647")
+    ),
     "negative TTL": Bad(
         "spec.ttlSecondsAfterFinished", -1, ("spec.ttlSecondsAfterFinished", "greater than or equal to 0")
     ),

@@ -36,6 +36,10 @@ IMMUTABLE = (
 """What may not change once the job exists: another value would be another run."""
 
 
+MAX_SECONDS = 2**31 - 1
+"""Of a duration, as in Kubernetes' own Jobs where they are 32 bits; added to a time it is still a date."""
+
+
 def _immutable(name: str) -> tuple[str, str]:
     return (
         f"has(self.{name}) == has(oldSelf.{name}) && (!has(self.{name}) || self.{name} == oldSelf.{name})",
@@ -133,9 +137,9 @@ class FineTuneJobSpec(ApiModel):
     """True stops the job after a checkpoint and frees its pods; false goes on from there."""
     managed_by: Annotated[str, Field(min_length=1, max_length=63)] = "finetune.dev/finetune-operator"
     """The controller that reconciles this job; any other value than the default makes this operator leave it alone."""
-    active_deadline_seconds: Annotated[int, Field(ge=1)] | None = None
+    active_deadline_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
     """The job is Failed when it has been active so long (suspension does not count)."""
-    ttl_seconds_after_finished: Annotated[int, Field(ge=0)] | None = None
+    ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
     """The job and its pods are deleted so long after it finished; checkpoints and output stay."""
     freeze: FreezeSpec | None = None
     """What `method: Freeze` trains; absent: the defaults of its fields."""

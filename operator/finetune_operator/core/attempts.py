@@ -5,12 +5,10 @@ from datetime import datetime, timedelta
 from pydantic import ValidationError
 
 from finetune_api.reasons import Reason, Recovery
-from finetune_api.status import MAX_ATTEMPTS_KEPT, AttemptStatus, CheckpointStatus, FineTuneJobStatus
+from finetune_api.status import MAX_ATTEMPTS_KEPT, MESSAGE_LIMIT, AttemptStatus, CheckpointStatus, FineTuneJobStatus
 from finetune_operator.core.failures import Cause, parse_report
 from finetune_operator.core.observe import Observed, ObservedJob
 from finetune_operator.core.settings import PlanConfig
-
-_MESSAGE_LIMIT = 2048
 
 
 def current(status: FineTuneJobStatus) -> AttemptStatus | None:
@@ -49,7 +47,7 @@ def closed(status: FineTuneJobStatus, cause: Cause, now: datetime) -> FineTuneJo
     return replace_last(
         status,
         reason=cause.reason.value,
-        message=cause.message[:_MESSAGE_LIMIT],
+        message=cause.message[:MESSAGE_LIMIT],
         pod=cause.pod,
         exit_code=cause.exit_code,
         counted=cause.recovery is Recovery.RESTART,

@@ -3,9 +3,7 @@
 from datetime import datetime
 
 from finetune_api.job import FineTuneJob
-from finetune_api.status import Condition, ConditionType, FineTuneJobStatus
-
-_LIMIT = 2048
+from finetune_api.status import MESSAGE_LIMIT, Condition, ConditionType, FineTuneJobStatus
 
 
 def find(status: FineTuneJobStatus, kind: ConditionType) -> Condition | None:
@@ -38,7 +36,7 @@ def put(
     if old is None and not value and not always:
         return status
     text = "True" if value else "False"
-    message = message[:_LIMIT]
+    message = message[:MESSAGE_LIMIT]
     if old is not None and (old.status, old.reason, old.message) == (text, reason, message):
         return status
     new = Condition(

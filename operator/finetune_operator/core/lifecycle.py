@@ -4,15 +4,13 @@ from datetime import datetime
 
 from finetune_api.job import FineTuneJob
 from finetune_api.reasons import Reason
-from finetune_api.status import ConditionType, FineTuneJobStatus, State
+from finetune_api.status import MESSAGE_LIMIT, ConditionType, FineTuneJobStatus, State
 from finetune_operator.core.attempts import closed, current, opened, previous_end, replace_last
 from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.failures import Cause
 from finetune_operator.core.progress import take_all
 from finetune_operator.core.resolve import choose, made_from_another
 from finetune_operator.core.situation import Situation
-
-_LIMIT = 2048
 
 
 def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
@@ -72,7 +70,7 @@ def finish(s: Situation, kind: ConditionType, reason: str, message: str) -> Fine
         update={
             "state": State.COMPLETE if kind is ConditionType.COMPLETE else State.FAILED,
             "reason": reason,
-            "message": message[:_LIMIT],
+            "message": message[:MESSAGE_LIMIT],
             "completion_time": now,
             "observed_generation": job.metadata.generation,
         }

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 
 from finetune_api.job import FineTuneJob
 from finetune_api.status import FineTuneJobStatus
+from finetune_operator.core.conditions import is_finished
 from finetune_operator.local.machine import LocalError
 
 _FILE = "job.json"
@@ -53,8 +54,15 @@ class Folder:
                 f"`{name}` is running already (process {owner or '?'}), or what is left of it is saving a checkpoint; "
                 f"wait for it, or end it (lock: {path / 'lock'})"
             ) from None
-        os.ftruncate(lock, 0)
-        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(lock)
+            raise LocalError(f"checkpoint.uri: {path} cannot be locked: {error.strerror}") from error
+        try:
+            os.ftruncate(lock, 0)
+            os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        except OSError as error:
+            os.close(lock)
+            raise LocalError(f"checkpoint.uri: {path} cannot be written: {error.strerror}") from error
         return cls(path, lock, _read(path / _FILE))
 
     def close(self) -> None:
@@ -79,6 +87,8 @@ class Folder:
     def take(self, manifest: dict[str, Any]) -> FineTuneJob:
         """The job of an admitted manifest, with the identity and the status that it had, or with new ones.
 
+        Active time stands still while nothing runs, as in a suspension, however the earlier run ended.
+
         Raises:
             LocalError: the status was written by another version.
         """
@@ -95,7 +105,10 @@ class Folder:
             "creationTimestamp": self.record["created"],
         }
         try:
-            return FineTuneJob.from_object({**manifest, "metadata": metadata, "status": self.record["status"]})
+            job = FineTuneJob.from_object({**manifest, "metadata": metadata, "status": self.record["status"]})
+            if is_finished(job.status):
+                return job
+            return job.model_copy(update={"status": job.status.model_copy(update={"start_time": None})})
         except ValidationError as error:
             raise LocalError(
                 f"{self.path / _FILE}: not readable by this version; `--fresh` begins anew: {error}"

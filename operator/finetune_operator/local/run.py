@@ -5,6 +5,7 @@ The stand-in for the operator's shell, the Job controller and the kubelet. Every
 """
 
 import json
+import logging
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -21,6 +22,8 @@ from finetune_operator.core.plan import plan
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.situation import Action, Delete, Kind
 from finetune_operator.local.machine import NODE
+
+_LOG = logging.getLogger(__name__)
 
 
 class Running(Protocol):
@@ -105,6 +108,9 @@ class LocalRun:
     now: Callable[[], datetime] = _now
     attempts: list[Attempt] = field(default_factory=list)
     _launches: dict[str, str] = field(default_factory=dict)
+    _kept: bool = True
+    """Whether the newest status is saved."""
+    _complaint: str = ""
 
     def tick(self) -> None:
         """Looks, decides and acts; again at once where something was done, since it may need a word of its own."""
@@ -115,9 +121,23 @@ class LocalRun:
                 self._do(action)
             if decision.status != self.job.status:
                 self.job = self.job.model_copy(update={"status": decision.status})
-                self.save(decision.status)
+                self._kept = False
+            self._keep()
             if not decision.actions:
                 return
+
+    def _keep(self) -> None:
+        """Saves the status; where that fails it is tried again at the next look, and training goes on."""
+        if self._kept:
+            return
+        try:
+            self.save(self.job.status)
+        except OSError as error:
+            if self._complaint != str(error):
+                self._complaint = str(error)
+                _LOG.warning("the status cannot be saved, it is tried again: %s", error)
+        else:
+            self._kept, self._complaint = True, ""
 
     def suspend(self) -> None:
         """As `spec.suspend: true`: the trainer saves a checkpoint and leaves."""

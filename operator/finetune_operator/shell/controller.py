@@ -162,9 +162,12 @@ class Controller:
 
     async def _refused(self, entry: Entry, job: FineTuneJob, version: int, error: ApiError) -> None:
         """Says in status what the API server does not accept; a server that does not answer is not worth a word."""
-        if error.transient or isinstance(error, NotFoundError):
+        applied = getattr(
+            error, "__notes__", None
+        )  # else something could not be deleted: what the status says stays true
+        if error.transient or isinstance(error, NotFoundError) or not applied:
             return
-        kind, _, name = (getattr(error, "__notes__", None) or ["Object unknown"])[0].partition(" ")
+        kind, _, name = applied[0].partition(" ")
         await self._write_status(entry, version, job.status, refused(job.status, kind, name, error.message))
 
     def _complain(self, uid: str, error: Exception, seconds: float) -> None:

@@ -97,7 +97,12 @@ class Election:
                     "spec": spec,
                 }
                 self._lease = await self._api.request(
-                    "POST", LEASES, verb="create", namespace=self._config.namespace, body=body
+                    "POST",
+                    LEASES,
+                    verb="create",
+                    namespace=self._config.namespace,
+                    body=body,
+                    timeout_seconds=timeout_seconds,
                 )
             else:
                 await self._put({**self._lease, "spec": spec}, timeout_seconds)

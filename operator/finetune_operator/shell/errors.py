@@ -14,7 +14,9 @@ class ApiError(Exception):
     @property
     def transient(self) -> bool:
         """Whether the same request may succeed later without anybody changing anything."""
-        return self.status in (0, 408, 429) or self.status >= 500
+        # An object whose lists name something twice is answered with 500 (kubernetes#139253).
+        wrong = self.message.startswith("failed to create typed patch object")
+        return self.status in (0, 408, 429) or (self.status >= 500 and not wrong)
 
 
 class NotFoundError(ApiError):

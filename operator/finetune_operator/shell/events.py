@@ -34,10 +34,9 @@ class EventRecorder:
         now = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
         count = self._counts.get(name, 0) + 1
         try:
-            if count == 1:
+            if count == 1 or not await self._count_up(entry.namespace, name, count, now):
+                count = 1
                 await self._create(entry, event, message, name, now)
-            else:
-                await self._count_up(entry.namespace, name, count, now)
         except ApiError as error:
             EVENTS_LOST.inc()
             _LOG.warning("event lost: %s/%s %s: %s (%s)", entry.namespace, entry.name, event.reason, message, error)
@@ -75,7 +74,8 @@ class EventRecorder:
             # Written by the operator before this one.
             await self._count_up(entry.namespace, name, 2, now)
 
-    async def _count_up(self, namespace: str, name: str, count: int, now: str) -> None:
+    async def _count_up(self, namespace: str, name: str, count: int, now: str) -> bool:
+        """False if it has expired (events do after an hour)."""
         body = {"count": count, "lastTimestamp": now}
         content_type = "application/merge-patch+json"
         try:
@@ -83,5 +83,5 @@ class EventRecorder:
                 "PATCH", EVENTS, verb="patch", namespace=namespace, name=name, body=body, content_type=content_type
             )
         except NotFoundError:
-            # Events expire after an hour.
-            self._counts.pop(name, None)
+            return False
+        return True

@@ -5,10 +5,11 @@ own write). What this operator deleted stays deleted, even if an older event com
 """
 
 import json
+import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from finetune_api.job import API_VERSION, KIND
 from finetune_api.reports import ProgressReport
@@ -22,6 +23,8 @@ from finetune_operator.core.observe import (
     parse_pod,
 )
 
+_LOG = logging.getLogger(__name__)
+_Child = TypeVar("_Child", ObservedJob, ObservedPod)
 _META = ("name", "namespace", "uid", "generation", "creationTimestamp", "deletionTimestamp")
 UNKNOWN_STATE = "New"
 
@@ -94,6 +97,8 @@ class Store:
         }
         if entry.body is None:
             entry.seen_at = time.monotonic()
+            if entry.namespace != meta["namespace"]:
+                entry.jobs, entry.pods = {}, {}
         entry.body = json.dumps(trimmed, separators=(",", ":")).encode()
         entry.version = version
         entry.namespace, entry.name = meta["namespace"], meta["name"]
@@ -106,10 +111,9 @@ class Store:
 
     def put_job(self, body: dict[str, Any]) -> str | None:
         """Takes over a child Job; returns the owner's uid if that is news."""
-        owner = parse_owner(body)
-        if owner is None:
+        entry, job = self._child(body, parse_job)
+        if entry is None or job is None:
             return None
-        entry, job = self._entry(owner), parse_job(body)
         old = entry.jobs.get(job.name)
         if job.uid in entry.gone or (old is not None and old.uid == job.uid and old.version >= job.version):
             return None
@@ -118,10 +122,9 @@ class Store:
 
     def put_pod(self, body: dict[str, Any]) -> str | None:
         """Takes over a pod; returns the owner's uid if anything that counts has changed."""
-        owner = parse_owner(body)
-        if owner is None:
+        entry, pod = self._child(body, parse_pod)
+        if entry is None or pod is None:
             return None
-        entry, pod = self._entry(owner), parse_pod(body)
         old = entry.pods.get(pod.name)
         if old is not None and old.uid == pod.uid and old.version >= pod.version:
             return None
@@ -186,6 +189,24 @@ class Store:
                 changed.append(entry.uid)
                 self._prune(entry)
         return changed
+
+    def _child(
+        self, body: dict[str, Any], parse: Callable[[dict[str, Any]], _Child]
+    ) -> tuple[Entry | None, _Child | None]:
+        """Whose an object is and what counts of it; nothing for what only has the labels, which anybody may write."""
+        owner = parse_owner(body)
+        if owner is None:
+            return None, None
+        known = self._entries.get(owner.uid)
+        if known is not None and known.namespace != owner.namespace:
+            return None, None
+        try:
+            child = parse(body)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            name = body["metadata"]["name"]
+            _LOG.warning("%s/%s is labelled as a child and is none: %r", owner.namespace, name, error)
+            return None, None
+        return known or self._entry(owner), child
 
     def _entry(self, owner: Owner) -> Entry:
         entry = self._entries.get(owner.uid)

@@ -136,6 +136,32 @@ def test_two_signals_at_once_stop_it_at_once(command: Command) -> None:
     assert not command.log(2) and not Path(f"/proc/{trainer}").exists()
 
 
+def test_a_reader_that_leaves_ends_nothing(command: Command) -> None:
+    process = command.start("wait")
+    command.wait_for_start()
+    assert process.stdout is not None
+    process.stdout.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, command.state()
+    status, said = command.run("succeed")
+    assert status == 0 and "Complete" in said and command.log(2).startswith("started")
+
+
+def test_active_time_stands_still_while_nothing_runs(command: Command) -> None:
+    command.body["spec"]["activeDeadlineSeconds"] = 3600
+    process = command.start("wait")
+    command.wait_for_start()
+    process.kill()
+    process.wait()
+    record = command.folder / "checkpoints" / "default.good.run" / "job.json"
+    kept = json.loads(record.read_text())
+    kept["status"]["startTime"] = "2026-01-01T00:00:00Z"  # the machine was off since
+    record.write_text(json.dumps(kept))
+    _wait(lambda: "saved" in command.log(), command.state)
+    status, said = command.run("succeed")
+    assert status == 0 and "Complete" in said, said
+
+
 def test_an_interrupted_run_goes_on_with_other_ranks_and_is_otherwise_the_same(command: Command) -> None:
     process = command.start("wait")
     command.wait_for_start()

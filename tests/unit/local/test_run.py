@@ -1,11 +1,14 @@
 """The local shell with a fake process table: what `plan` decides is done to processes, and what they do reaches `plan`."""
 
+import errno
 import json
 import signal
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
+
+import pytest
 
 from finetune_api.job import FineTuneJob
 from finetune_api.reports import Activity, ProgressReport
@@ -187,6 +190,24 @@ def test_a_run_that_was_killed_itself_is_taken_up_without_being_counted() -> Non
     status = again.tick()
     assert [p.launch["attempt"] for p in again.processes] == [2]
     assert (status.attempts[0].reason, status.counted_restarts) == ("PodDeleted", 0)
+
+
+def test_a_status_that_cannot_be_saved_is_saved_later_and_training_goes_on(caplog: pytest.LogCaptureFixture) -> None:
+    table = Table()
+    save, table.run.save = table.run.save, _full_disk
+    for _ in range(3):
+        table.run.tick()
+    assert len(table.processes) == 1 and table.saved.state is not State.RUNNING
+    assert [record.message for record in caplog.records] == [
+        "the status cannot be saved, it is tried again: [Errno 28] No space left on device"
+    ]
+    table.run.save = save
+    table.run.tick()
+    assert table.saved == table.run.job.status and table.saved.attempts
+
+
+def _full_disk(_: FineTuneJobStatus) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def test_nothing_is_saved_while_nothing_changes() -> None:

@@ -49,7 +49,11 @@ LARGE: dict[str, Any] = {
             "requests": {"cpu": "6", "memory": "64Gi"},
             "limits": {"nvidia.com/gpu": 4, "cpu": "9500m"},
         },
-        "env": [{"name": "NCCL_DEBUG", "value": "INFO"}, {"name": "KEY", "secretKeyRef": {"name": "s", "key": "k"}}],
+        "env": [
+            {"name": "NCCL_DEBUG", "value": "INFO"},
+            {"name": "HOME", "value": "/home/me"},
+            {"name": "KEY", "secretKeyRef": {"name": "s", "key": "k"}},
+        ],
         "nodeSelector": {"gpu": "h100"},
         "tolerations": [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}],
         "priorityClassName": "batch",

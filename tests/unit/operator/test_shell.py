@@ -1,4 +1,4 @@
-"""The shell's own small parts: work queue, store, merge patch, configuration, election."""
+"""The shell's own small parts: work queue, store, controller, events, merge patch, configuration, election."""
 
 import asyncio
 from typing import Any
@@ -7,12 +7,15 @@ import pytest
 
 from finetune_operator.config import resolve_config
 from finetune_operator.core.observe import parse_pod
+from finetune_operator.core.situation import Event
+from finetune_operator.shell.controller import Controller
 from finetune_operator.shell.election import Election, LeaseConfig, LeaseLostError
-from finetune_operator.shell.errors import ConflictError, NotFoundError
+from finetune_operator.shell.errors import ApiError, ConflictError, NotFoundError
+from finetune_operator.shell.events import EventRecorder
 from finetune_operator.shell.patch import merge_patch
 from finetune_operator.shell.queue import WorkQueue
-from finetune_operator.shell.store import Store
-from tests.unit.operator.samples import UID, job_body
+from finetune_operator.shell.store import Entry, Store
+from tests.unit.operator.samples import CONFIG, UID, job_body
 
 
 def run(coroutine: Any) -> Any:
@@ -165,6 +168,88 @@ def test_what_we_deleted_stays_deleted() -> None:
     entry = store.get(UID)
     assert entry is not None
     assert [job.uid for job in entry.observed().jobs] == ["j2"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_what_only_has_the_labels_is_nobodys_child(known: bool) -> None:
+    """Anybody may write labels: in another namespace, or on a Job or a pod that no Job of ours made."""
+    store = Store()
+    if known:
+        store.put_finetunejob(job_body())
+    elsewhere = pod_object(5, phase="Failed")
+    elsewhere["metadata"]["namespace"] = "theirs"
+    odd_pod, odd_job = pod_object(5), job_object(5)
+    odd_pod["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": "x"}
+    del odd_job["spec"]["completions"]
+    assert [store.put_pod(odd_pod), store.put_job(odd_job)] == [None, None]
+    store.put_pod(elsewhere)
+    store.put_finetunejob(job_body())
+    entry = store.get(UID)
+    assert entry is not None and entry.body is not None
+    assert entry.observed().jobs == entry.observed().pods == ()
+
+
+class FakeApi:
+    """The API server, as far as one job's objects go."""
+
+    def __init__(self, refuses: Exception) -> None:
+        self.refuses = refuses
+        self.patches: list[dict[str, Any]] = []
+
+    async def apply(self, *_: Any) -> dict[str, Any]:
+        raise self.refuses
+
+    async def delete(self, *_: Any) -> None:
+        raise self.refuses
+
+    async def patch_status(self, _namespace: str, _name: str, body: dict[str, Any]) -> dict[str, Any]:
+        self.patches.append(body["status"])
+        return {**job_body(), "status": body["status"]}
+
+
+def reconciled(refuses: Exception, status: dict[str, Any] | None = None) -> list[dict[str, Any]]:
+    """What is written to the status of a job whose objects can neither be made nor deleted."""
+    store, queue, api = Store(), WorkQueue(), FakeApi(refuses)
+    store.put_finetunejob({**job_body(ttlSecondsAfterFinished=0), "status": status or {}})
+    controller = Controller(api, store, queue, EventRecorder(api, "test"), CONFIG)  # type: ignore[arg-type]
+    with pytest.raises(ApiError):
+        run(controller._reconcile(UID))
+    return api.patches
+
+
+def test_what_cannot_be_made_is_in_the_status_and_a_result_stays_what_it_is() -> None:
+    (patch,) = reconciled(ApiError(403, "Forbidden", "exceeded quota"))
+    assert patch["reason"] == "ApplyFailed" and "exceeded quota" in patch["message"]
+    twice = 'failed to create typed patch object: duplicate entries for key [name="HOME"]'
+    assert len(reconciled(ApiError(500, "InternalError", twice))) == 1
+    assert reconciled(ApiError(500, "InternalError", "etcd has no leader")) == []
+    complete = {
+        "state": "Complete",
+        "completionTime": "2026-11-24T12:00:00Z",
+        "conditions": [
+            {"type": "Complete", "status": "True", "reason": "Complete", "message": "",
+             "lastTransitionTime": "2026-11-24T12:00:00Z"}
+        ],
+    }  # fmt: skip
+    assert reconciled(ApiError(403, "Forbidden", "nothing may be deleted"), complete) == []
+
+
+def test_an_event_that_has_expired_is_written_anew() -> None:
+    sent: list[tuple[str, int]] = []
+
+    class Events:
+        async def request(self, method: str, *_: object, body: dict[str, Any], **_more: Any) -> None:
+            sent.append((method, body["count"]))
+            if sent[-1] == ("PATCH", 3):
+                raise NotFoundError(404, "NotFound", "expired")
+
+    async def scenario() -> None:
+        recorder = EventRecorder(Events(), "test")  # type: ignore[arg-type]
+        for _ in range(4):
+            await recorder.record(Entry("team", "tune", UID), Event("Normal", "Suspended", "The job is suspended."))
+
+    run(scenario())
+    assert sent == [("POST", 1), ("PATCH", 2), ("PATCH", 3), ("POST", 1), ("PATCH", 2)]
 
 
 def test_a_full_list_finds_what_vanished_without_an_event() -> None:

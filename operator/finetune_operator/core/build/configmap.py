@@ -10,11 +10,10 @@ LAUNCH_FILE = "launch.json"
 
 
 def build_configmap(job: FineTuneJob, resolved: Resolved) -> dict[str, Any]:
-    """Builds the ConfigMap. Immutable: kubelets need not watch it."""
+    """Builds the ConfigMap. It may change until its Job is there, which may be refused for a while."""
     return {
         "apiVersion": "v1",
         "kind": "ConfigMap",
         "metadata": build_metadata(job, resolved.launch.attempt),
-        "immutable": True,
         "data": {LAUNCH_FILE: resolved.launch.model_dump_json(by_alias=True, indent=2) + "\n"},
     }

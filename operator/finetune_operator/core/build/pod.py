@@ -61,12 +61,7 @@ def _container(trainer: TrainerSpec, resolved: Resolved) -> dict[str, Any]:
         "name": CONTAINER,
         "image": resolved.plan.image,
         "command": ["python", "-m", "finetune_trainer", "--launch", f"{LAUNCH_DIR}/{LAUNCH_FILE}"],
-        "env": [
-            # No passwd entry is promised for the user: libraries ask these two for a home and a name.
-            {"name": "HOME", "value": SCRATCH},
-            {"name": "USER", "value": "finetune"},
-            *map(_env, trainer.env),
-        ],
+        "env": _environment(trainer.env),
         "ports": [{"name": "http", "containerPort": resolved.launch.http_port, "protocol": "TCP"}],
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -80,6 +75,13 @@ def _container(trainer: TrainerSpec, resolved: Resolved) -> dict[str, Any]:
     if any(resources.values()):
         container["resources"] = {name: values for name, values in resources.items() if values}
     return container
+
+
+def _environment(own: list[EnvVarSpec]) -> list[dict[str, Any]]:
+    """The job's own, after what libraries ask for: no passwd entry is promised for the user."""
+    named = {variable.name for variable in own}
+    needed = {"HOME": SCRATCH, "USER": "finetune"}
+    return [*({"name": n, "value": v} for n, v in needed.items() if n not in named), *map(_env, own)]
 
 
 def _env(variable: EnvVarSpec) -> dict[str, Any]:

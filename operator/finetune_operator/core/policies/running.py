@@ -1,6 +1,6 @@
 """An attempt runs: status says how it is, and what is left of older attempts is removed."""
 
-from finetune_api.status import ConditionType
+from finetune_api.status import MESSAGE_LIMIT, ConditionType
 from finetune_operator.core.attempts import absorb_reports
 from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.lifecycle import observed_generation
@@ -9,8 +9,6 @@ from finetune_operator.core.policies.deadline import deadline_time
 from finetune_operator.core.progress import is_due, take_report
 from finetune_operator.core.situation import Delete, Kind, Plan, Situation
 from finetune_operator.core.view import pods_are_late, seconds_until_late, view_gang
-
-_LIMIT = 2048
 
 
 def running(s: Situation) -> Plan | None:
@@ -36,7 +34,9 @@ def describe(s: Situation, gang: tuple[ObservedPod, ...]) -> Plan:
         status = put(status, s.job, s.now, ConditionType.RUNNING, True, "GangRunning", pods)
     else:
         status = put(status, s.job, s.now, ConditionType.RUNNING, False, view.reason, view.message, always=True)
-    status = status.model_copy(update={"state": view.state, "reason": view.reason, "message": view.message[:_LIMIT]})
+    status = status.model_copy(
+        update={"state": view.state, "reason": view.reason, "message": view.message[:MESSAGE_LIMIT]}
+    )
     end = deadline_time(s)
     waits = [s.seconds_until(end)] if end else []
     if len({pod.index for pod in gang}) < s.num_nodes and not pods_are_late(s, gang):

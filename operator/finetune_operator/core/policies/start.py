@@ -3,7 +3,7 @@
 from datetime import timedelta
 
 from finetune_api.reasons import Reason
-from finetune_api.status import AttemptStatus, ConditionType, FineTuneJobStatus, State
+from finetune_api.status import MESSAGE_LIMIT, AttemptStatus, ConditionType, FineTuneJobStatus, State
 from finetune_api.words import say_ranks
 from finetune_operator.core.attempts import absorb_reports, current, next_number, restart_delay
 from finetune_operator.core.build import build_attempt
@@ -77,7 +77,7 @@ def _waiting(s: Situation, last: AttemptStatus, delay_seconds: int) -> FineTuneJ
     reason = last.reason or ""
     counted, limit = (s.status.counted_restarts or 0) + 1, s.job.spec.recovery.backoff_limit
     count = f"restart {counted} of at most {limit}" if last.counted else "the next attempt"
-    message = f"{sentence(last.message or '')} Waiting {duration(delay_seconds)} before {count}."
+    message = f"{sentence(last.message or '')} Waiting {duration(delay_seconds)} before {count}."[:MESSAGE_LIMIT]
     status = put(s.status, s.job, s.now, ConditionType.RUNNING, False, reason, message)
     status = put(status, s.job, s.now, ConditionType.RESTARTING, True, reason, message)
     status = status.model_copy(update={"state": State.RESTARTING, "reason": reason, "message": message})
