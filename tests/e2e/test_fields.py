@@ -47,7 +47,7 @@ QLORA: dict[str, Any] = {
         "wandb": {"project": "tests"},
         "profiler": {"uri": f"pvc://{CLAIM}/outputs/traces", "wait": 3, "active": 1},
     },
-    "trainer": {"env": [{"name": "WANDB_MODE", "value": "offline"}]},
+    "trainer": {"env": [{"name": "WANDB_MODE", "value": "offline"}, {"name": "HOME", "value": "/tmp"}]},
     "checkpoint": {"everySteps": 2, "background": True},
 }
 FREEZE: dict[str, Any] = {
