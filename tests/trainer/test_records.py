@@ -10,6 +10,7 @@ from finetune_api.spec import ColumnsSpec, DatasetFormat, TagsSpec
 from finetune_trainer.data.formats import Sample, detect, to_sample
 from finetune_trainer.data.layout import layout_of
 from finetune_trainer.data.records import Record, read_records
+from finetune_trainer.data.sources import data_files
 from finetune_trainer.errors import ConfigError, DataError, TrainerError
 from tests.trainer import tiny
 
@@ -75,6 +76,47 @@ def test_a_split_of_a_folder_goes_by_names(tmp_path: Path) -> None:
     assert len(list(read_records(tmp_path, "x"))) == 5
 
 
+SFT = [f"data/{name}-00000-of-00001.parquet" for name in ("test_gen", "test_sft", "train_gen", "train_sft")]
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "chosen"),
+    [
+        (SFT, "train_sft", SFT[3:]),
+        (["train-sft-00000-of-00001.parquet", "train-gen-00000-of-00001.parquet"], "train-sft", [0]),
+        (["train-00000-of-00001-0a1b.parquet", "train_gen-00000-of-00001.parquet"], "train", [0]),
+        (["train.jsonl", "train_gen.jsonl"], "train", [0]),
+        (["train_sft/a.jsonl", "test_sft/a.jsonl"], "train_sft", [0]),
+        (["alpaca_train.jsonl", "dolly_train.jsonl", "dolly_test.jsonl"], "train", [0, 1]),
+        (["dolly_train-00000-of-00002.csv", "dolly_train-00001-of-00002.csv"], "train", [0, 1]),
+        (["train_data/a-00000-of-00001.csv", "train_data/b-00000-of-00001.csv"], "train", [0, 1]),
+        (["train1.csv", "train2.csv", "trained.csv"], "train", [0, 1]),
+        (["v1.csv", "v12.csv"], "v1", [0]),
+        (["dev.json", "training.json"], "validation", [0]),
+        (["dev.json", "training.json"], "train", [1]),
+        (["alpaca_data_zh_51k.json", "more.json"], "train", [0, 1]),
+        (SFT, "sft", "`sft` fits several splits of x: `test_sft`, `train_sft`; set `split` to one of them"),
+        (SFT, "train", "`train_gen`, `train_sft`"),
+        (["train_sft.jsonl", "test_sft.jsonl"], "sft", "`test_sft`, `train_sft`"),
+        (["en/train.jsonl", "en/test.jsonl"], "en", "`test`, `train`"),
+        (["train/sft.jsonl", "test/sft.jsonl"], "sft", "`test`, `train`"),
+        (["a.json", "dev.json"], "train", "no file of x has `train` in its name; there are `a.json`, `dev.json`"),
+        (["a.json"], "json", "no file of x has `json` in its name"),
+    ],
+)  # fmt: skip
+def test_a_split_has_the_files_that_say_so(tmp_path: Path, names: list[str], split: str, chosen: Any) -> None:
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    if isinstance(chosen, str):
+        with pytest.raises(ConfigError) as caught:
+            data_files(tmp_path, "x", split)
+        assert chosen in str(caught.value)
+    else:
+        wanted = [name if isinstance(name, str) else names[name] for name in chosen]
+        assert data_files(tmp_path, "x", split) == [tmp_path / name for name in wanted]
+
+
 def _break(folder: Path, kind: str) -> tuple[Path, str | None]:
     if kind == "two-splits":
         return write(folder, "dict"), None
@@ -87,7 +129,7 @@ def _break(folder: Path, kind: str) -> tuple[Path, str | None]:
         return tiny.write_jsonl(folder / "a.jsonl", [{}]), "train"
     if kind == "no-file-of-split":
         tiny.write_jsonl(folder / "d" / "a.jsonl", [{}])
-        return folder / "d", "train"
+        return folder / "d", "test"
     texts = {
         "short-row": b"a,b\n1,2\n3\n",
         "open-quote": b'a,b\n1,2\n"3,4\n',
@@ -110,7 +152,7 @@ def _break(folder: Path, kind: str) -> tuple[Path, str | None]:
         ("no-such-split", "no split `validation`; it has `train`, `test`"),
         ("missing-shard", "missing: a.arrow"),
         ("split-of-a-file", "datasets.split: x is one file"),
-        ("no-file-of-split", "no file of x has `train` in its name; there are `a.jsonl`"),
+        ("no-file-of-split", "no file of x has `test` in its name; there are `a.jsonl`"),
         ("short-row", "a.csv: row 2 has 1 fields and the first line names 2"),
         ("open-quote", "a.csv: row 2: broken CSV"),
         ("twice", "names a column twice"),

@@ -112,8 +112,8 @@ class DatasetSpec(ApiModel):
     credentials_ref: SecretKeyRef | None = None
     """Token for an `hf://` data set that is private or gated."""
     split: Short | None = None
-    """Of a saved `DatasetDict`: the split to read. Of a folder of files: only those that have it as a word in their name or
-    their folder's."""
+    """Of a saved `DatasetDict`: the split to read. Of a folder of files: only those whose name it is, as
+    `train_sft-00000-of-00003.parquet`, else those that have it as a word."""
     columns: ColumnsSpec | None = None
     """What this data set calls the columns of its format."""
     tags: TagsSpec | None = None
