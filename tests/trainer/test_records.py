@@ -275,3 +275,46 @@ def test_what_is_wrong_is_named(record: Any, form: str, columns: Any, tags: Any,
     with pytest.raises(TrainerError) as caught:
         sample(record, form, columns, tags)
     assert says in str(caught.value)
+
+
+CUT = "red \ud83d"
+CUT_JSON = json.dumps({"city": CUT})
+
+
+@pytest.mark.parametrize(
+    ("record", "at"),
+    [
+        ({"text": CUT}, "text"),
+        ({"instruction": CUT, "output": "a"}, "instruction"),
+        ({"instruction": "a", "output": CUT}, "output"),
+        ({"instruction": "a", "output": "b", "system": CUT}, "system"),
+        ({"instruction": "a", "output": "b", "history": [["x", CUT]]}, "history[0][1]"),
+        ({"messages": [CHAT[1], {"role": "assistant", "content": CUT}]}, "messages[1].content"),
+        ({"messages": json.dumps([{"role": "user", "content": CUT}])}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": CUT}]}, "messages[0].content"),
+        ({"messages": [{"role": "tool", "content": "a", "name": CUT}]}, "messages[0].name"),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": {"city": [CUT]}}]}]},
+            "messages[0].tool_calls[0].arguments.city[0]",
+        ),
+        (
+            {"messages": [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": CUT_JSON}]}]},
+            "messages[0].tool_calls.arguments.city",
+        ),
+        ({"conversations": [{"from": "function_call", "value": CUT_JSON}]}, "conversations[0].value.city"),
+        ({"messages": CHAT, "tools": [{"name": "f", "description": CUT}]}, "tools[0].description"),
+        ({"messages": CHAT, "tools": [json.dumps({"name": "f", "description": CUT})]}, "tools[0].description"),
+        ({"messages": CHAT, "images": [CUT]}, "images[0]"),
+    ],
+)
+def test_half_of_a_character_is_named(record: Any, at: str) -> None:
+    says = f"a.jsonl:1: `{at}` is not valid Unicode: a lone surrogate at character 5"
+    with pytest.raises(DataError) as caught:
+        sample(record)
+    assert str(caught.value).startswith(says)
+
+
+def test_half_of_a_key_is_named_and_whole_emojis_are_not() -> None:
+    with pytest.raises(DataError, match=r"`tools\[0\].\\ud83d` is not valid Unicode: a lone surrogate at character 1"):
+        sample({"messages": CHAT, "tools": [{"name": "f", "\ud83d": 1}]})
+    assert sample(json.loads('{"text": "\\ud83d\\ude00"}')).text == "\N{GRINNING FACE}"

@@ -9,6 +9,7 @@ from finetune_trainer.data.images import PLACEHOLDER, Image, read_images
 from finetune_trainer.data.layout import FUNCTION_CALL, Layout, layout_of
 from finetune_trainer.data.records import Record
 from finetune_trainer.data.tools import read_calls, read_tools
+from finetune_trainer.data.unicode import valid
 from finetune_trainer.errors import DataError
 
 _PASSED_ON = ("name", "tool_call_id")
@@ -138,8 +139,8 @@ def _turn(record: Record, layout: Layout, at: str, turn: Any) -> Message:
         text = turn.get(layout.content_key) or ""  # may be null or absent beside calls
         return Message(role, _text(record, content_at, text), read_calls(calls, record.place, f"{at}.tool_calls"))
     content = _field(record, at, turn, layout.content_key)
-    more = {k: turn[k] for k in _PASSED_ON if isinstance(turn.get(k), str)} if role == "tool" else None
-    return Message(role, content, more=more)
+    kept = [k for k in _PASSED_ON if isinstance(turn.get(k), str)] if role == "tool" else []
+    return Message(role, content, more={k: _text(record, f"{at}.{k}", turn[k]) for k in kept} or None)
 
 
 def _system(record: Record, layout: Layout) -> list[Message]:
@@ -169,6 +170,7 @@ def _field(record: Record, at: str, turn: Any, key: str) -> str:
 def _text(record: Record, at: str, value: Any) -> str:
     if not isinstance(value, str):
         raise DataError(f"{record.place}: `{at}` must be a string, got {type(value).__name__}")
+    valid(value, record.place, at)
     return value
 
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from finetune_trainer.data.unicode import valid
 from finetune_trainer.errors import DataError
 
 PLACEHOLDER = "<image>"
@@ -95,7 +96,7 @@ def _image(value: Any, at: str, place: str, folder: Path) -> Image:
             f"{place}: `{at}` must be a path, the bytes of an image file, or an object with `bytes` or `path`, "
             f"got {type(value).__name__}"
         )
-    image = Image(value, str(folder), place)
+    image = Image(valid(value, place, at), str(folder), place)
     if image.path is not None and not image.path.is_file():
         raise DataError(f"{place}: `{at}`: there is no file {image.path}; a path begins at the data file's folder")
     return image

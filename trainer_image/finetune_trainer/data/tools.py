@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from finetune_trainer.data.unicode import valid
 from finetune_trainer.errors import DataError
 
 
@@ -15,9 +16,9 @@ def read_tools(value: Any, place: str, key: str) -> list[dict[str, Any]] | None:
         key: of the record, for messages.
 
     Raises:
-        DataError: it is neither.
+        DataError: it is neither, or no valid Unicode.
     """
-    tools = _json(value, place, key) if isinstance(value, str) and value.strip() else value
+    tools = _json(value, place, key) if isinstance(value, str) and value.strip() else valid(value, place, key)
     if not tools:
         return None
     if not isinstance(tools, list):
@@ -43,9 +44,9 @@ def read_calls(value: Any, place: str, at: str) -> list[dict[str, Any]]:
         at: of the record, for messages.
 
     Raises:
-        DataError: it is none of these.
+        DataError: it is none of these, or no valid Unicode.
     """
-    calls = _json(value, place, at) if isinstance(value, str) else value
+    calls = _json(value, place, at) if isinstance(value, str) else valid(value, place, at)
     calls = calls if isinstance(calls, list) else [calls]
     if not calls:
         raise DataError(f"{place}: `{at}` has no call")
@@ -69,6 +70,7 @@ def _call(call: Any, place: str, at: str) -> dict[str, Any]:
 
 def _json(text: str, place: str, at: str) -> Any:
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError as error:
         raise DataError(f"{place}: `{at}` must be JSON: {error}") from error
+    return valid(value, place, at)
