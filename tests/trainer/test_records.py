@@ -248,6 +248,47 @@ def test_calls_with_text_arguments_and_null_content() -> None:
     assert made[2].as_turn() == {"role": "tool", "content": "12", "tool_call_id": "c1"}
 
 
+@pytest.mark.parametrize("kind", ["parquet", "arrow", "jsonl"])
+def test_a_table_gives_calls_and_functions_no_keys_of_other_rows(tmp_path: Path, kind: str) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    def record(key: str) -> dict[str, Any]:
+        call = {"name": "f", "arguments": {key: "Rome", "near": [{key: 1}]}}
+        schema = {"type": "object", "properties": {key: {"type": "string", "enum": ["Rome", None]}}}
+        turns = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": call}]}]
+        return {"messages": turns, "functions": [{"name": "f", "parameters": schema}]}
+
+    records = [record("city"), record("zone")]
+    table = pa.Table.from_pylist(records)
+    if kind == "parquet":
+        pq.write_table(table, tmp_path / "a.parquet")
+    elif kind == "arrow":
+        with pa.ipc.new_stream(tmp_path / "a.arrow", table.schema) as sink:
+            sink.write_table(table)
+    else:
+        tiny.write_jsonl(tmp_path / "a.jsonl", records)
+    layout = layout_of(DatasetFormat.MESSAGES, ColumnsSpec(tools="functions"))
+    for made, wanted in zip(map(to_sample, read_records(tmp_path, "x"), [layout] * 2), records, strict=True):
+        assert made.tools == [{"type": "function", "function": wanted["functions"][0]}]
+        assert made.messages is not None
+        assert made.messages[1].tool_calls == wanted["messages"][1]["tool_calls"]
+
+
+def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    call = {"type": "function", "function": {"name": "f", "arguments": {"zone": None}}}
+    turns = [CHAT[1], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    pq.write_table(pa.Table.from_pylist([{"messages": json.dumps(turns)}]), tmp_path / "a.parquet")
+    tiny.write_jsonl(tmp_path / "b.jsonl", [{"messages": turns}])
+    for record in read_records(tmp_path, "x"):
+        made = to_sample(record, layout_of(DatasetFormat.MESSAGES)).messages
+        assert made is not None
+        assert made[1].tool_calls == [call]
+
+
 def test_alpaca_and_text_by_columns() -> None:
     record = {"q": "hi", "more": "now", "a": "the cat", "old": '[["x", "y"]]'}
     columns = {"prompt": "q", "query": "more", "response": "a", "history": "old"}

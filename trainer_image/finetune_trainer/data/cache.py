@@ -26,7 +26,7 @@ from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.files import fsync_path, sha256_file
 from finetune_trainer.hub import locked
 
-VERSION = 2
+VERSION = 3
 """Of this package's reading, rendering, masking and cutting. A change that gives other tokens needs another number."""
 UNUSED_SECONDS = 90 * 86400
 """An attempt maps its entry for as long as it trains, and a file that is gone from a network volume cannot be read on."""

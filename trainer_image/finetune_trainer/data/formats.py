@@ -8,7 +8,7 @@ from finetune_trainer.data import layout as layouts
 from finetune_trainer.data.images import PLACEHOLDER, Image, read_images
 from finetune_trainer.data.layout import FUNCTION_CALL, Layout, layout_of
 from finetune_trainer.data.records import Record
-from finetune_trainer.data.tools import read_calls, read_tools
+from finetune_trainer.data.tools import read_calls, read_tools, without_nulls
 from finetune_trainer.data.unicode import valid
 from finetune_trainer.errors import DataError
 
@@ -86,6 +86,7 @@ def to_sample(record: Record, layout: Layout) -> Sample:
     if layout.form is DatasetFormat.TEXT:
         key = layout.columns["text"]
         return Sample(None, _text(record, key, record.value[key]), record.place)
+    record = _own_keys(record, layout) if record.of_table else record
     messages = _alpaca(record, layout) if layout.form is DatasetFormat.ALPACA else _turns(record, layout)
     if not messages:
         raise DataError(f"{record.place}: the conversation is empty")
@@ -94,6 +95,20 @@ def to_sample(record: Record, layout: Layout) -> Sample:
     key = layout.columns["images"]
     images = read_images(record.value.get(key), key, record.place, record.folder)
     return Sample(messages, None, record.place, tools, images)
+
+
+def _own_keys(record: Record, layout: Layout) -> Record:
+    """A table's row whose functions and calls have the keys that they were written with."""
+    tools, messages = layout.columns["tools"], layout.columns.get("messages", "")
+    value = {**record.value, tools: without_nulls(record.value.get(tools))}
+    if isinstance(value.get(messages), list):
+        value[messages] = [_own_calls(turn) for turn in value[messages]]
+    return record._replace(value=value)
+
+
+def _own_calls(turn: Any) -> Any:
+    calls = turn.get("tool_calls") if isinstance(turn, dict) else None
+    return {**turn, "tool_calls": without_nulls(calls)} if calls else turn
 
 
 def _alpaca(record: Record, layout: Layout) -> list[Message]:

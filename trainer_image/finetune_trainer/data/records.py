@@ -21,6 +21,8 @@ class Record(NamedTuple):
     """`file:line`, `file: record N` or `file: row N`, counted from 1."""
     folder: Path = Path()
     """Of the file: paths in the record begin there."""
+    of_table: bool = False
+    """Its objects have the keys that any row's have, null where this row's have none."""
 
 
 def read_records(path: Path, uri: str, split: str | None = None) -> Iterator[Record]:
@@ -83,7 +85,7 @@ def _json(file: Path) -> Iterator[Record]:
 def _table(rows: Callable[[Path], Iterator[Row]]) -> Callable[[Path], Iterator[Record]]:
     def read(file: Path) -> Iterator[Record]:
         for number, value in rows(file):
-            yield Record(value, f"{file}: row {number}", file.parent)
+            yield Record(value, f"{file}: row {number}", file.parent, of_table=True)
 
     return read
 

@@ -53,6 +53,13 @@ def read_calls(value: Any, place: str, at: str) -> list[dict[str, Any]]:
     return [_call(call, place, at if len(calls) == 1 else f"{at}[{number}]") for number, call in enumerate(calls)]
 
 
+def without_nulls(value: Any) -> Any:
+    """Calls or functions without the keys that are null: a table's, which are other rows'. JSON text stays as it is."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value
+
+
 def _call(call: Any, place: str, at: str) -> dict[str, Any]:
     function = call.get("function") or call if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
