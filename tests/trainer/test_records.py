@@ -289,6 +289,36 @@ def test_nulls_that_were_written_stay(tmp_path: Path) -> None:
         assert made[1].tool_calls == [call]
 
 
+@pytest.mark.parametrize(
+    ("record", "question"),
+    [
+        ({"instruction": "say", "input": "cat"}, "say\n\ncat"),
+        ({"instruction": "", "input": "cat"}, "cat"),
+        ({"instruction": "say", "input": ""}, "say"),
+        ({"instruction": "say", "input": None}, "say"),
+        ({"instruction": "", "input": ""}, ""),
+    ],
+)
+def test_alpaca_joins_the_parts_that_there_are(record: dict[str, Any], question: str) -> None:
+    made = sample({**record, "output": "a"}).messages
+    assert made is not None
+    assert [message.content for message in made] == [question, "a"]
+
+
+@pytest.mark.parametrize(
+    ("record", "form", "columns"),
+    [
+        ({"conversations": [{"from": "system", "value": "be red"}, *SHARE], "system": "be blue"}, "Auto", None),
+        ({"messages": CHAT, "system": "be blue"}, "Messages", {"system": "system"}),
+    ],
+    ids=["sharegpt", "messages"],
+)
+def test_a_system_turn_counts_before_the_column(record: Any, form: str, columns: Any) -> None:
+    made = sample(record, form, columns).messages
+    assert made is not None
+    assert [message.content for message in made if message.role == "system"] == ["be red"]
+
+
 def test_alpaca_and_text_by_columns() -> None:
     record = {"q": "hi", "more": "now", "a": "the cat", "old": '[["x", "y"]]'}
     columns = {"prompt": "q", "query": "more", "response": "a", "history": "old"}

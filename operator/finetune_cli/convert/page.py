@@ -38,7 +38,9 @@ the notes also stand in a comment at the top of the manifest. Exit status 0: con
 - The order of records is another random one (`seed` decides it), and it is exact across restarts.
 - With `packing: true` samples in one row never see each other; in LLaMA-Factory only with `neat_packing: true`.
 - Evaluation also runs before the first step.
-- Alpaca records with a `system` or `history` key: LLaMA-Factory reads them only if `columns` names them, here they always count.
+- Alpaca's `instruction` and `input` are joined with an empty line between them; in LLaMA-Factory with a line break.
+- Records with a `system`, `tools` or `images` key, and Alpaca's with `history`: LLaMA-Factory reads them only if `columns` names
+  them, here they always count (but for `system` beside `messages`).
 
 ## Data sets
 

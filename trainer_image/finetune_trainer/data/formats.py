@@ -122,17 +122,17 @@ def _alpaca(record: Record, layout: Layout) -> list[Message]:
             raise DataError(f"{record.place}: `{key}[{number}]` must be a pair [instruction, output]")
         messages.append(Message("user", _text(record, f"{key}[{number}][0]", pair[0])))
         messages.append(Message("assistant", _text(record, f"{key}[{number}][1]", pair[1])))
-    messages.append(Message("user", f"{question}\n\n{extra}" if extra else question))
+    messages.append(Message("user", "\n\n".join(part for part in (question, extra) if part)))
     messages.append(Message("assistant", _text(record, names["response"], value[names["response"]])))
     return messages
 
 
 def _turns(record: Record, layout: Layout) -> list[Message]:
-    """ShareGPT and Messages; an error names the key as this data set has it."""
+    """ShareGPT and Messages; an error names the key as this data set has it. A system turn counts before the column."""
     key = layout.columns["messages"]
-    messages = _system(record, layout)
-    for number, turn in enumerate(_list(record, key)):
-        messages.append(_turn(record, layout, f"{key}[{number}]", turn))
+    messages = [_turn(record, layout, f"{key}[{number}]", turn) for number, turn in enumerate(_list(record, key))]
+    if not messages or messages[0].role != "system":
+        messages = _system(record, layout) + messages
     if layout.form is DatasetFormat.SHARE_GPT and all(message.role == "system" for message in messages):
         return []
     return messages
