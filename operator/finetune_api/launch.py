@@ -4,6 +4,7 @@ Nothing is left to a default or to the environment: the same file drives a pod a
 stand in it, only the paths of the files that hold them.
 """
 
+from datetime import date
 from typing import Literal
 
 from pydantic import Field
@@ -28,6 +29,9 @@ from finetune_api.spec import (
     TagsSpec,
     ZeroStage,
 )
+
+UNDATED = date(2024, 7, 26)
+"""Of a launch file that says no day: the one that Llama 3.2's template writes where it is told none."""
 
 
 class PathSource(ApiModel):
@@ -251,6 +255,8 @@ class LaunchSpec(ApiModel):
 
     schema_version: Literal[1] = 1
     job: JobIdentity
+    created_on: date = UNDATED
+    """The job's day (UTC): what chat templates that write the date write in every attempt and on every node."""
     attempt: int
     """From 1. The newest attempt owns the checkpoint folder; an older one that still runs ends itself."""
     num_nodes: int

@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from finetune_api.launch import LaunchDataset
 from finetune_api.spec import Overlong
 from finetune_trainer.data.cache import cached_store
+from finetune_trainer.data.chat_templates import fix_date
 from finetune_trainer.data.store import TokenStore, read_meta
 from finetune_trainer.data.tokenize import Encoder
 from tests.trainer import jobs, tiny
@@ -55,6 +57,17 @@ def test_everything_that_changes_tokens_makes_another_entry(tmp_path: Path) -> N
     assert len({first, *others}) == 6
     assert all(TokenStore.load(folder).digest() == read_meta(folder)["digest"] for folder in others)
     assert not [path for path in (tmp_path / "cache" / "tokens").iterdir() if path.name.startswith(".")]
+
+
+def test_the_date_belongs_to_an_entry_only_where_it_is_written(tmp_path: Path) -> None:
+    cache = Cache(tmp_path)
+    for template, entries in ((tiny.CHATML, 1), ("{{ strftime_now('%d %b %Y') }}" + tiny.CHATML, 2)):
+        cache.tokenizer.chat_template = template
+        found = set()
+        for day in (24, 25, 24):
+            fix_date(cache.tokenizer, date(2026, 11, day))
+            found.add(cache.get())
+        assert len(found) == entries
 
 
 def test_what_nobody_uses_for_long_is_deleted(tmp_path: Path) -> None:

@@ -2,17 +2,27 @@
 
 import json
 import logging
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from finetune_api.launch import LaunchSpec
 from finetune_api.spec import CHAT_TEMPLATES
-from finetune_trainer.data.chat_templates import MARKERS, named_template, set_chat_template
+from finetune_trainer.data.chat_templates import (
+    MARKERS,
+    fix_date,
+    named_template,
+    set_chat_template,
+    written_date,
+)
 from finetune_trainer.data.formats import Message, Sample
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.errors import ConfigError, DataError
-from tests.trainer import tiny
+from finetune_trainer.model import load_tokenizer
+from tests.trainer import jobs, tiny
+from tests.trainer.conftest import Assets
 
 SYSTEM = {"role": "system", "content": "Be brief."}
 TURNS = [
@@ -107,6 +117,27 @@ def test_a_named_template_writes_the_published_format(name: str) -> None:
     (tokens,) = Encoder(made, "x", mask_history=True).encode([Sample(messages, None, "a:1")])
     assert made.decode(tokens.ids) == prompt + answer, "answers come after the very prompt that generation gets"
     assert made.decode(tokens.ids[tokens.targets]).strip() == answer.strip()
+
+
+DATED = "{{ strftime_now('%d %b %Y') if strftime_now is defined else 'no date' }}" + tiny.CHATML
+
+
+def test_a_template_writes_the_date_of_the_job() -> None:
+    made, other = tokenizer(), tokenizer()
+    made.chat_template, other.chat_template = DATED, tiny.CHATML
+    for day in (date(2026, 11, 24), date(2026, 11, 25)):
+        fix_date(made, day)
+        fix_date(other, day)
+        (tokens,) = Encoder(made, "x").encode([Sample([Message("user", "Hi"), Message("assistant", "4")], None, "a:1")])
+        assert made.decode(tokens.ids).startswith(f"{day.day} Nov 2026<|im_start|>user")
+        assert written_date(made) == day.isoformat() and written_date(other) is None
+
+
+def test_a_job_writes_its_own_date_whatever_the_day(assets: Assets, tmp_path: Path) -> None:
+    launch = jobs.launch(tmp_path, assets.model, assets.train, model__chatTemplate=DATED)
+    for changes, written in (({"createdOn": "2026-11-24"}, "24 Nov 2026"), ({}, "26 Jul 2024")):
+        made = load_tokenizer(assets.model, LaunchSpec.model_validate({**launch, **changes}))
+        assert made.apply_chat_template(TURNS[:1], tokenize=False).startswith(f"{written}<|im_start|>user")
 
 
 WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}

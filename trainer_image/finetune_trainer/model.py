@@ -14,7 +14,7 @@ from finetune_api.spec import Precision
 from finetune_trainer import vision
 from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze
-from finetune_trainer.data.chat_templates import set_chat_template
+from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.quantization import device_map, quantization_config
 
@@ -84,6 +84,7 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
         raise ConfigError(f"model.uri: {spec.model.uri}: the tokenizer cannot be read: {error}") from error
     if spec.model.chat_template is not None:
         set_chat_template(tokenizer, spec.model.chat_template)
+    fix_date(tokenizer, spec.created_on)
     return tokenizer
 
 

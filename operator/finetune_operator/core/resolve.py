@@ -2,10 +2,12 @@
 
 import json
 from dataclasses import dataclass
+from datetime import date
 from hashlib import sha256
 
 from finetune_api.job import FineTuneJob
 from finetune_api.launch import (
+    UNDATED,
     HubSource,
     JobIdentity,
     LaunchAdapter,
@@ -50,7 +52,7 @@ from finetune_api.spec import (
 )
 from finetune_api.status import PlanStatus
 from finetune_operator.core.names import attempt_name
-from finetune_operator.core.observe import ObservedJob
+from finetune_operator.core.observe import ObservedJob, parse_time
 from finetune_operator.core.quantity import cpus, file_size
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.volumes import Mounts, child, local_path, plan_mounts, sibling
@@ -117,6 +119,7 @@ def resolve(job: FineTuneJob, attempt: int, config: PlanConfig) -> Resolved:
     )
     launch = LaunchSpec(
         job=JobIdentity(namespace=job.metadata.namespace, name=job.metadata.name, uid=job.metadata.uid),
+        created_on=_created_on(job),
         attempt=attempt,
         num_nodes=spec.trainer.num_nodes,
         num_proc_per_node=spec.trainer.num_proc_per_node,
@@ -181,6 +184,11 @@ def threads_per_process(spec: FineTuneJobSpec) -> int:
     quantity = resources.limits.get("cpu") or resources.requests.get("cpu")
     available = cpus(quantity) if quantity is not None else None
     return max(1, int(available / spec.trainer.num_proc_per_node)) if available else 1
+
+
+def _created_on(job: FineTuneJob) -> date:
+    created = parse_time(job.metadata.creation_timestamp)
+    return created.date() if created else UNDATED
 
 
 def _rendezvous_host(job: FineTuneJob, attempt: int) -> str:

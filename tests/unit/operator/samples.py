@@ -26,7 +26,14 @@ def job_body(name: str = "tune", status: dict[str, Any] | None = None, **spec: A
     return {
         "apiVersion": "finetune.dev/v1alpha1",
         "kind": "FineTuneJob",
-        "metadata": {"name": name, "namespace": "team", "uid": UID, "generation": 1, "resourceVersion": "10"},
+        "metadata": {
+            "name": name,
+            "namespace": "team",
+            "uid": UID,
+            "generation": 1,
+            "creationTimestamp": "2026-11-24T12:00:00Z",
+            "resourceVersion": "10",
+        },
         "spec": {
             "model": {"uri": "pvc://data/models/smollm2"},
             "datasets": {"train": [{"uri": "pvc://data/train.jsonl"}]},

@@ -1,9 +1,11 @@
 """Defaults, paths and mounts."""
 
+from datetime import date
 from typing import Any
 
 import pytest
 
+from finetune_api.launch import UNDATED
 from finetune_operator.core.resolve import resolve, threads_per_process
 from finetune_operator.core.volumes import local_path, sibling
 from tests.unit.operator.samples import CONFIG, make_job
@@ -115,6 +117,13 @@ def test_the_commit_of_the_first_start_is_kept() -> None:
     job = job.model_copy(update={"status": job.status.model_copy(update={"plan": plan})})
     source = resolve(job, 2, CONFIG).launch.model.source
     assert getattr(source, "revision", None) == "abc123"
+
+
+def test_a_job_is_as_old_as_its_resource() -> None:
+    job = make_job()
+    assert resolve(job, 3, CONFIG).launch.created_on == date(2026, 11, 24)
+    undated = job.model_copy(update={"metadata": job.metadata.model_copy(update={"creation_timestamp": None})})
+    assert resolve(undated, 3, CONFIG).launch.created_on == UNDATED
 
 
 def test_the_image_of_the_first_attempt_is_kept() -> None:

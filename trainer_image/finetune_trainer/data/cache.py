@@ -20,6 +20,7 @@ from pathlib import Path
 
 from finetune_api.launch import LaunchDataset
 from finetune_api.spec import Overlong
+from finetune_trainer.data.chat_templates import written_date
 from finetune_trainer.data.sources import data_files
 from finetune_trainer.data.store import TokenStore, build_store, read_meta
 from finetune_trainer.data.tokenize import Encoder
@@ -64,6 +65,8 @@ def cache_key(
         "overlong": overlong,
         "datasets": [_identity(dataset, path, beat) for dataset, path in datasets],
     }
+    if (day := written_date(tokenizer)) is not None:
+        state["date"] = day
     if encoder.image is not None:  # images are not in the cache: an entry has their places
         state["image"] = [encoder.image.token, encoder.image.tokens_per_image]
         state["folders"] = [str(path.resolve()) for _, path in datasets]

@@ -5,6 +5,7 @@ and generation would not stop at them. Who wants that all the same gives the Jin
 """
 
 import logging
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ PROBE = [
     {"role": "user", "content": "And 3+3?"},
     {"role": "assistant", "content": "6"},
 ]
+_NOW = "strftime_now"
 log = logging.getLogger("finetune_trainer")
 
 
@@ -58,6 +60,31 @@ def set_chat_template(tokenizer: Any, wanted: str) -> None:
     if tokenizer.chat_template:
         _compare(tokenizer, wanted, text)
     tokenizer.chat_template = text
+
+
+def fix_date(tokenizer: Any, day: date) -> None:
+    """Makes templates that write today's date (`strftime_now`) write another day's, in this process.
+
+    The name is set in the compiled template, which transformers keeps: of a function it would pass on only the name.
+    """
+    for template in _dated(tokenizer):
+        template.globals[_NOW] = day.strftime
+
+
+def written_date(tokenizer: Any) -> str | None:
+    """The date that the tokenizer's templates write; None if they write none."""
+    for template in _dated(tokenizer):
+        return str(template.globals[_NOW]("%Y-%m-%d"))
+    return None
+
+
+def _dated(tokenizer: Any) -> list[Any]:
+    """The compiled templates that write a date."""
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    own = tokenizer.chat_template or ""
+    texts = own.values() if isinstance(own, dict) else [own]
+    return [_compile_jinja_template(text) for text in texts if _NOW in text]
 
 
 def wants_parts(tokenizer: Any) -> bool:
