@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ import torch
 from finetune_api.spec import BenchmarkName
 from finetune_trainer.errors import DataError
 from finetune_trainer.evaluation import cache
+from finetune_trainer.evaluation.benchmark import Benchmarks
 from finetune_trainer.evaluation.generate import Prompt, Sampling, choose, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k, pass_at_k
 from finetune_trainer.evaluation.problems import Problem, cut, is_complete, read_problems
@@ -167,6 +169,18 @@ def test_a_text_ends_at_a_stop_or_an_end_token(model: Any) -> None:
     assert texts[0].startswith(cut(whole, (stop,)) + stop) and len(texts[0]) < len(texts[1]) == len(whole)
     end = tokenizer(whole)["input_ids"][4]
     assert len(_generate(model, [Prompt(ids, (), (0,))], Sampling(0, 1, 30), frozenset({end}))[0]) < len(whole)
+
+
+def test_an_answer_ends_with_its_turn_where_that_is_no_end_of_text() -> None:
+    """As with ChatML on Qwen2.5's base model."""
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    engine = SimpleNamespace(module=SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[7])))
+    for template, ids in ((tiny.CHATML, {7, 0, 2}), (None, {7, 0})):
+        tokenizer.chat_template = template
+        unused: Any = None
+        made = Benchmarks({}, unused, tokenizer, unused, unused, seed=0, workers=1, position_limit=None)
+        assert made._end_ids(engine) == ids
 
 
 def test_texts_that_end_leave_the_batch_and_the_others_go_on(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.export import set_ends
 from finetune_trainer.shards import check_mergeable, plan_pieces, write_model
+from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 
 SMALL: dict[str, Any] = {
@@ -145,6 +148,44 @@ def test_a_merged_export_of_two_ranks_with_partitioned_weights(start: StartPod, 
     assert alone == pytest.approx(adapted, abs=1e-5)
     assert AutoTokenizer.from_pretrained(merged).chat_template == AutoTokenizer.from_pretrained(output).chat_template
     assert json.loads((merged / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize(
+    ("template", "end", "ids", "eos"),
+    [
+        ("chatml", "<|im_end|>", [0, 2], "<|im_end|>"),
+        (tiny.CHATML, "<|im_end|>", [0, 2], "<|endoftext|>"),
+        (None, "<|endoftext|>", 0, "<|endoftext|>"),
+        ("chatml", None, 0, "<|endoftext|>"),
+    ],
+    ids=["named", "own", "same", "texts"],
+)
+def test_generation_with_the_result_stops_where_answers_end(
+    template: str | None, end: str | None, ids: int | list[int], eos: str, assets: Assets, tmp_path: Path
+) -> None:
+    """As for a base model whose end of text is another token than the end of a turn."""
+    changes = {"model__chatTemplate": template}
+    spec = LaunchSpec.model_validate(jobs.launch(tmp_path, assets.model, assets.train, **changes))
+    tokenizer = tiny.make_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    model = with_adapter(llama(eos_token_id=0))
+    set_ends(model, tokenizer, spec, end)
+    assert model.get_base_model().generation_config.eos_token_id == ids and tokenizer.eos_token == eos
+
+
+def test_an_export_of_a_named_template_stops_at_its_end_of_turn(
+    start: StartPod, assets: Assets, tmp_path: Path
+) -> None:
+    base = tiny.make_model(tmp_path / "base")
+    tokenizer = tiny.make_tokenizer(template=None)
+    tokenizer.eos_token = "<|endoftext|>"
+    tokenizer.save_pretrained(base)
+    (base / "generation_config.json").write_text('{"eos_token_id": 0}')
+    model = {"uri": f"file://{base}", "source": {"kind": "Path", "path": str(base)}, "chatTemplate": "chatml"}
+    start(**jobs.FULL, model=model, training__maxSteps=1, checkpoint__everySteps=1).done()
+    output = tmp_path / "output"
+    assert json.loads((output / "generation_config.json").read_text())["eos_token_id"] == [0, 2]
+    assert json.loads((output / "tokenizer_config.json").read_text())["eos_token"] == "<|im_end|>"
 
 
 def test_merging_a_full_model_is_refused(start: StartPod) -> None:

@@ -12,6 +12,8 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.spec import CHAT_TEMPLATES
 from finetune_trainer.data.chat_templates import (
     MARKERS,
+    closing,
+    end_of_turn,
     fix_date,
     named_template,
     set_chat_template,
@@ -116,7 +118,31 @@ def test_a_named_template_writes_the_published_format(name: str) -> None:
     messages = [Message(turn["role"], turn["content"]) for turn in TURNS]
     (tokens,) = Encoder(made, "x", mask_history=True).encode([Sample(messages, None, "a:1")])
     assert made.decode(tokens.ids) == prompt + answer, "answers come after the very prompt that generation gets"
-    assert made.decode(tokens.ids[tokens.targets]).strip() == answer.strip()
+    assert made.decode(tokens.ids[tokens.targets]) == answer.rstrip(), "and end with the token that ends the turn"
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_the_end_of_a_turn_is_a_token_that_stops_generation(name: str) -> None:
+    made = tokenizer()
+    set_chat_template(made, name)
+    end = end_of_turn(made)
+    assert end is not None and end == EXPECTED[name][2].rstrip()[-len(end) :]
+    assert (end == "</s>") == (name not in MARKERS)
+
+
+def test_words_that_are_not_one_token_end_no_turn() -> None:
+    made = tokenizer()
+    set_chat_template(made, "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }} END\n{% endfor %}")
+    assert closing(made) == " END\n" and end_of_turn(made) is None
+    (tokens,) = Encoder(made, "x").encode([Sample([Message("user", "Hi"), Message("assistant", "4")], None, "a:1")])
+    assert made.decode(tokens.ids[tokens.targets]).endswith("4 END\n")
+
+
+def test_an_answer_that_begins_a_conversation_is_not_looked_for_in_the_marks() -> None:
+    made = tokenizer()
+    set_chat_template(made, "qwen")
+    (tokens,) = Encoder(made, "x").encode([Sample([Message("assistant", "end")], None, "a:1")])
+    assert made.decode(tokens.ids[tokens.targets]) == "end<|im_end|>"
 
 
 DATED = "{{ strftime_now('%d %b %Y') if strftime_now is defined else 'no date' }}" + tiny.CHATML
@@ -150,8 +176,8 @@ TOOL_TURNS = [
 ]
 CALLS = {
     # Qwen2.5-Instruct's and Hermes 2 Pro's form.
-    "qwen": '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>\nCold.<|im_end|>',
-    "chatml": '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>\nCold.<|im_end|>',
+    "qwen": '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>Cold.<|im_end|>',
+    "chatml": '<tool_call>\n{"name": "weather", "arguments": {"city": "Zürich"}}\n</tool_call><|im_end|>Cold.<|im_end|>',
     # Llama 3.1's form of custom functions.
     "llama3": '{"name": "weather", "parameters": {"city": "Zürich"}}<|eot_id|>Cold.<|eot_id|>',
 }

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from finetune_api.launch import LaunchSpec, PathSource
+from finetune_api.spec import CHAT_TEMPLATES
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.files import fsync_path, write_json
 from finetune_trainer.shards import whole, write_model
@@ -65,6 +66,28 @@ def write_output(
     else:
         _replace(temporary, final)
     log.info("exported to %s", final)
+
+
+def set_ends(model: Any, tokenizer: Any, spec: LaunchSpec, end: str | None) -> None:
+    """Makes generation with the result stop where the answers that it has learned end.
+
+    Args:
+        model: its generation configuration is changed.
+        tokenizer: its end of text is changed if the job named the template.
+        spec: the launch.
+        end: the token that ends an answer; None: nothing is changed.
+    """
+    if end is None:
+        return
+    if spec.model.chat_template in CHAT_TEMPLATES:
+        tokenizer.eos_token = end
+    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    config = getattr(base, "generation_config", None)
+    if config is not None:
+        named, new = config.eos_token_id, tokenizer.convert_tokens_to_ids(end)
+        ids = named if isinstance(named, list) else [i for i in (named,) if i is not None]
+        if new not in ids:
+            config.eos_token_id = [*ids, new]
 
 
 def _write_weights(model: Any, spec: LaunchSpec, revision: str | None, folder: Path, *, first: bool) -> None:

@@ -19,6 +19,7 @@ from finetune_trainer.config import fingerprint
 from finetune_trainer.data.arrange import make_order, make_rows
 from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.cache import cached_store
+from finetune_trainer.data.chat_templates import end_of_turn
 from finetune_trainer.data.order import RowOrder
 from finetune_trainer.data.report import log_reports, padding_share
 from finetune_trainer.data.store import TokenStore, read_meta
@@ -53,6 +54,8 @@ class Sources:
 @dataclass(frozen=True)
 class Data:
     tokenizer: Any
+    end_of_turn: str | None
+    """The token that ends an answer in the training data; None if it is not one token, or there are only texts."""
     train: Rows
     train_digest: str
     evaluation: Rows | None
@@ -178,7 +181,9 @@ def load_data(
     log.info("train: %.1f %% of the tokens that are computed are padding", 100 * padding)
     benchmarks = load_benchmarks(spec, sources, tokenizer, world, scratch, models.position_limit(config))
     digest = metas["train"]["digest"]
-    return Data(tokenizer, rows["train"], digest, rows.get("evaluation"), order, report, benchmarks)
+    chats = any(dataset["conversations"] for dataset in report["train"])
+    end = end_of_turn(tokenizer) if chats else None
+    return Data(tokenizer, end, rows["train"], digest, rows.get("evaluation"), order, report, benchmarks)
 
 
 def load_benchmarks(
@@ -302,7 +307,7 @@ def start_tracking(spec: LaunchSpec, first_step: int, *, first: bool) -> Trackin
 
 def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, started: float) -> None:
     """Writes the output folder on rank 0; every rank helps to gather the weights."""
-    from finetune_trainer.export import write_output
+    from finetune_trainer.export import set_ends, write_output
 
     world: World = training.world
     own_claim: AttemptClaim | None = training.checkpoints.claim
@@ -321,6 +326,8 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
         "data": data.report,
     }
     try:
+        if world.is_first:
+            set_ends(training.engine.module, data.tokenizer, spec, data.end_of_turn)
         write_output(training.engine, data.tokenizer, sources.model, spec, result, first=world.is_first)
     except OSError as error:
         raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error

@@ -100,6 +100,28 @@ def wants_parts(tokenizer: Any) -> bool:
     return word not in plain and word in listed and not listed.startswith("refused")
 
 
+def closing(tokenizer: Any) -> str:
+    """What the tokenizer's template writes after the words of a conversation's last answer; empty if it shows no words."""
+    if not tokenizer.chat_template:
+        return ""
+    word = "finetune-probe"
+    for content in (word, [{"type": "text", "text": word}]):
+        turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
+        _, found, rest = _render(tokenizer, turns, None).rpartition(word)
+        if found:
+            return rest
+    return ""
+
+
+def end_of_turn(tokenizer: Any) -> str | None:
+    """The token that ends an answer in the tokenizer's template; None if that is not one token.
+
+    It need not be the tokenizer's end of text: Qwen2.5's base model has `<|endoftext|>`, and its turns end with `<|im_end|>`.
+    """
+    rest = closing(tokenizer).lstrip()
+    return max((token for token in tokenizer.get_added_vocab() if rest.startswith(token)), key=len, default=None)
+
+
 def named_template(name: str) -> str:
     """The Jinja text of one of `CHAT_TEMPLATES`."""
     return (FOLDER / f"{name}.jinja").read_text(encoding="utf-8")

@@ -121,6 +121,8 @@ class DatasetReport:
     uri: str
     read: int = 0
     """Records."""
+    conversations: int = 0
+    """Of these; the others are texts."""
     used: int = 0
     """Records of which something is left."""
     samples: int = 0
@@ -254,6 +256,7 @@ def _add_dataset(
             kept = [piece for piece in pieces if writer.add(piece, sample.images)]
             long, whole = len(tokens.ids) > max_length, sum(len(piece.ids) - piece.repeated for piece in kept)
             report.read += 1
+            report.conversations += sample.messages is not None
             report.used += bool(kept)
             report.samples += len(kept)
             report.dropped += not pieces and overlong is Overlong.DROP

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.chat_templates import wants_parts
+from finetune_trainer.data.chat_templates import closing, end_of_turn, wants_parts
 from finetune_trainer.data.formats import Message, Sample
 from finetune_trainer.data.images import PLACEHOLDER, ImageInput
 from finetune_trainer.data.lengths import Mask, Tokens
@@ -51,6 +51,8 @@ class Encoder:
         self.mask_history = mask_history
         self.image = image
         self._in_parts = image is not None and wants_parts(tokenizer)
+        self._closing = closing(tokenizer)
+        self._ends = [token for token in (tokenizer.eos_token, end_of_turn(tokenizer)) if token]
         self._uri = uri
 
     def encode(self, samples: Sequence[Sample]) -> list[Tokens]:
@@ -147,7 +149,8 @@ class Encoder:
             after = self._apply(turns[: index + 1], tools, place, prompt=False)
             if index == 0:
                 # Nothing to prompt with: templates may put a default system turn before it, so look for the words.
-                before = after[: max(0, after.rfind(message.content.strip()))]
+                words = after.removesuffix(self._closing)
+                before = words[: max(0, words.rfind(message.content.strip()))]
             else:
                 before = self._apply(turns[:index], tools, place, prompt=True)
             if not after.startswith(before) or not whole.startswith(after.rstrip()):
@@ -180,9 +183,11 @@ class Encoder:
 
     def _end_of_turn(self, text: str, start: int) -> int:
         """The turn ends with the token that stops generation; the line break that templates put after it is no target."""
-        eos = self.tokenizer.eos_token
-        at = text.rfind(eos, start) if eos else -1
-        return at + len(eos) if at >= 0 and not text[at + len(eos) :].strip() else len(text)
+        for token in self._ends:
+            at = text.rfind(token, start)
+            if at >= 0 and not text[at + len(token) :].strip():
+                return at + len(token)
+        return len(text)
 
     def _apply(self, turns: list[dict[str, Any]], tools: Any, place: str, prompt: bool) -> str:
         from jinja2 import TemplateError
