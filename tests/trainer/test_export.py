@@ -147,7 +147,8 @@ def test_a_merged_export_of_two_ranks_with_partitioned_weights(start: StartPod, 
     assert (adapted - plain).abs().max() > 1e-3, "training has changed something"
     assert alone == pytest.approx(adapted, abs=1e-5)
     assert AutoTokenizer.from_pretrained(merged).chat_template == AutoTokenizer.from_pretrained(output).chat_template
-    assert json.loads((merged / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"] and config["use_cache"]
 
 
 @pytest.mark.parametrize(

@@ -124,7 +124,6 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     del keep_alive
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
-    model.config.use_cache = False
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec)
     elif spec.freeze is not None:
