@@ -217,10 +217,11 @@ def test_the_qwen_template_is_that_of_the_published_tokenizer_with_tools() -> No
     [
         (tiny.CHATML, Sample(TOOL_TURNS, None, "a:1"), "does not show the call of `weather` in turn 2 of a:1"),
         (tiny.CHATML, Sample([TOOL_TURNS[0], TOOL_TURNS[3]], None, "a:1", [WEATHER]), "not show the function `weather`"),
+        (tiny.CHATML, Sample([Message("user", "weather?"), TOOL_TURNS[3]], None, "a:1", [WEATHER]), "function `weather`"),
         ("llama2", Sample([TOOL_TURNS[0], TOOL_TURNS[3]], None, "a:1", [WEATHER]), "llama2 has no form for functions"),
         ("gemma", Sample(TOOL_TURNS[2:], None, "a:1"), "gemma wants user and assistant in turn"),
     ],
-    ids=["calls", "functions", "refused", "roles"],
+    ids=["calls", "functions", "name-is-a-word", "refused", "roles"],
 )  # fmt: skip
 def test_nothing_is_left_out_silently(template: str, sample: Sample, says: str) -> None:
     made = tokenizer()

@@ -96,7 +96,7 @@ def wants_parts(tokenizer: Any) -> bool:
         return False
     word = "finetune-probe"
     parts = [{"type": "text", "text": word}]
-    plain, listed = (_render(tokenizer, [{"role": "user", "content": c}], None) for c in (word, parts))
+    plain, listed = (render(tokenizer, [{"role": "user", "content": c}]) for c in (word, parts))
     return word not in plain and word in listed and not listed.startswith("refused")
 
 
@@ -107,7 +107,7 @@ def closing(tokenizer: Any) -> str:
     word = "finetune-probe"
     for content in (word, [{"type": "text", "text": word}]):
         turns = [{"role": "user", "content": content}, {"role": "assistant", "content": content}]
-        _, found, rest = _render(tokenizer, turns, None).rpartition(word)
+        _, found, rest = render(tokenizer, turns).rpartition(word)
         if found:
             return rest
     return ""
@@ -120,6 +120,16 @@ def end_of_turn(tokenizer: Any) -> str | None:
     """
     rest = closing(tokenizer).lstrip()
     return max((token for token in tokenizer.get_added_vocab() if rest.startswith(token)), key=len, default=None)
+
+
+def render(tokenizer: Any, turns: list[dict[str, Any]], template: str | None = None) -> str:
+    """A conversation without functions as text, or why it is refused; by the tokenizer's own template if none is given."""
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
+    except (TemplateError, TypeError) as error:
+        return f"refused: {error}"
 
 
 def named_template(name: str) -> str:
@@ -145,7 +155,7 @@ def _compare(tokenizer: Any, name: str, text: str) -> None:
         (PROBE, "a conversation"),
         ([{"role": "system", "content": "Be brief."}, *PROBE], "a system turn"),
     ):
-        ours, own = _render(tokenizer, turns, text), _render(tokenizer, turns, None)
+        ours, own = render(tokenizer, turns, text), render(tokenizer, turns)
         if ours != own:
             log.warning(
                 "model.chatTemplate: %s renders %s differently from the tokenizer's own template: %r instead of %r",
@@ -155,12 +165,3 @@ def _compare(tokenizer: Any, name: str, text: str) -> None:
                 own,
             )
             return
-
-
-def _render(tokenizer: Any, turns: list[dict[str, Any]], template: str | None) -> str:
-    from jinja2 import TemplateError
-
-    try:
-        return str(tokenizer.apply_chat_template(turns, tokenize=False, chat_template=template))
-    except (TemplateError, TypeError) as error:
-        return f"refused: {error}"

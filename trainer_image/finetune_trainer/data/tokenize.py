@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from finetune_trainer.data.chat_templates import closing, end_of_turn, wants_parts
+from finetune_trainer.data.chat_templates import closing, end_of_turn, render, wants_parts
 from finetune_trainer.data.formats import Message, Sample
 from finetune_trainer.data.images import PLACEHOLDER, ImageInput
 from finetune_trainer.data.lengths import Mask, Tokens
@@ -161,7 +161,7 @@ class Encoder:
             spans.append((len(before), self._end_of_turn(after, len(before))))
             self._check_calls(message, after[len(before) :], place, index)
         if tools:
-            self._check_tools(tools, whole, place)
+            self._check_tools(tools, turns, whole, place)
         return whole, spans
 
     def _check_calls(self, message: Message, rendered: str, place: str, index: int) -> None:
@@ -173,9 +173,11 @@ class Encoder:
                     f"{index + 1} of {place}; set `model.chatTemplate` to one that renders `tool_calls` (qwen, chatml, llama3)"
                 )
 
-    def _check_tools(self, tools: list[dict[str, Any]], whole: str, place: str) -> None:
+    def _check_tools(self, tools: list[dict[str, Any]], turns: list[dict[str, Any]], whole: str, place: str) -> None:
+        """A name alone may be a word of the conversation."""
+        ignored = whole == render(self.tokenizer, turns)
         for tool in tools:
-            if not _shown(tool["function"]["name"], whole):
+            if ignored or not _shown(tool["function"]["name"], whole):
                 raise ConfigError(
                     f"model.chatTemplate: the template does not show the function `{tool['function']['name']}` of {place}; "
                     "set `model.chatTemplate` to one that renders `tools` (qwen, chatml, llama3)"
