@@ -193,6 +193,22 @@ def test_template_that_rewrites_earlier_turns_is_refused(tmp_path: Path) -> None
         build(path, tiny.make_tokenizer(template=template))
 
 
+def test_only_the_answer_that_is_learned_has_to_stay_as_it_is_rendered(tmp_path: Path) -> None:
+    """As Qwen3's template, which leaves the thoughts of earlier turns out."""
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n"
+        "{{ m['content'] if loop.last else m['content'].split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    turns = [USER, {"role": "assistant", "content": "<think>a</think>the cat"}]
+    path = tiny.write_jsonl(tmp_path / "a.jsonl", [{"messages": turns * 2}])
+    made = tiny.make_tokenizer(template=template)
+    store = build(path, made, max_length=128, mask_history=True)
+    assert targets(store, 0, made) == "<think>a</think>the cat<|im_end|>"
+    with pytest.raises(ConfigError, match=r"renders turn 2 of .*a.jsonl:1 differently"):
+        build(path, made, max_length=128)
+
+
 def test_template_that_refuses_names_the_record(tmp_path: Path) -> None:
     template = "{{ raise_exception('no system turns') }}"
     path = tiny.write_jsonl(tmp_path / "a.jsonl", [GOOD])

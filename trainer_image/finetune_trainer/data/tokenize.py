@@ -143,6 +143,7 @@ class Encoder:
         turns = [message.as_turn(in_parts=self._in_parts) for message in messages]
         whole = self._apply(turns, tools, place, prompt=False)
         spans = []
+        last = max((at for at, message in enumerate(messages) if message.role == "assistant"), default=0)
         for index, message in enumerate(messages):
             if message.role != "assistant":
                 continue
@@ -154,6 +155,8 @@ class Encoder:
             else:
                 before = self._apply(turns[:index], tools, place, prompt=True)
             if not after.startswith(before) or not whole.startswith(after.rstrip()):
+                if self.mask_history and index < last:
+                    continue  # no target: Qwen3's template leaves the thoughts of earlier turns out
                 raise ConfigError(
                     f"model.chatTemplate: the template renders turn {index + 1} of {place} differently once other turns "
                     "follow, so its tokens cannot be told apart; set `model.chatTemplate` to one that only appends"
