@@ -1,16 +1,28 @@
 """Attention: every implementation that runs here isolates packed samples, and what cannot be exact is refused with words."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.launch import LaunchDataset
+from finetune_api.reasons import FAILURES, Reason
 from finetune_api.spec import Attention
 from finetune_trainer import kernels
-from finetune_trainer.attention import Choice, choose, flash, layout_arguments, plain_attention, use, varlen
+from finetune_trainer.attention import (
+    Choice,
+    choose,
+    flash,
+    keeps_apart,
+    layout_arguments,
+    plain_attention,
+    use,
+    varlen,
+)
 from finetune_trainer.compile import compile_layers
 from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.packing import SampleRows, pack_rows, single_rows
@@ -33,8 +45,6 @@ def store(assets: Assets) -> TokenStore:
 
 
 def model_with(assets: Assets, attention: Attention, **config: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     kind = AutoConfig.for_model(config.pop("model_type"), **config) if "model_type" in config else None
     if kind is None:
         model = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32)
@@ -137,6 +147,48 @@ def test_layout_covers_the_batch_and_its_longest_is_true() -> None:
     assert len(layout_arguments(np.ones(16, dtype=np.int64))["cu_seq_lens_q"]) == 32
 
 
+SMALL: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
+                         "num_key_value_heads": 2, "intermediate_size": 32, "max_position_embeddings": 64}  # fmt: skip
+TOGETHER: dict[str, dict[str, Any]] = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"], "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_n_groups": 1,
+                         "mamba_d_state": 8, "num_local_experts": 0, "shared_intermediate_size": 32},
+    "opt": {"ffn_dim": 32, "word_embed_proj_dim": 32},
+}  # fmt: skip
+"""Models that do not keep samples of a row apart: by convolutions, by a state, by positions."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["llama", "gemma3_text", "mixtral", "qwen3_moe", *TOGETHER])
+def test_a_model_that_shows_samples_to_each_other_is_found_out(kind: str, dtype: torch.dtype) -> None:
+    known = vars(AutoConfig.for_model(kind))
+    sizes = {name: value for name, value in SMALL.items() if name in known} | TOGETHER.get(kind, {})
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **sizes), attn_implementation="sdpa")
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # as different from each other as trained ones are
+    apart = keeps_apart(model.to(dtype), 64, torch.device("cpu"), by_layout=False)
+    assert apart is (kind not in TOGETHER) and model.training
+
+
+def test_packing_is_refused_where_samples_would_see_each_other(start: StartPod, assets: Assets, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(assets.model, model)
+    (model / "model.safetensors").unlink()
+    sizes = {**SMALL, **TOGETHER["lfm2"], "vocab_size": 512, "initializer_range": 0.2}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("lfm2", **sizes)).save_pretrained(model)
+    changes = {
+        "model__source": {"kind": "Path", "path": str(model)},
+        "adapter__targetModules": ["w1"],
+        "training__precision": "FP32",
+        "training__maxSteps": 1,
+    }
+    plain, packed = (start(tmp_path / str(packing), **changes, training__packing=packing) for packing in (False, True))
+    plain.done()
+    assert packed.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code, packed.log
+    assert "training.packing: samples of one row would see each other in Lfm2ForCausalLM" in packed.report["message"]
+
+
 def test_a_forward_pass_without_layout_is_refused_but_generation_has_a_way(assets: Assets) -> None:
     model = model_with(assets, Attention.VARLEN)
     ids = torch.arange(5, 11).unsqueeze(0)
@@ -148,6 +200,7 @@ def test_a_forward_pass_without_layout_is_refused_but_generation_has_a_way(asset
     assert model.config._attn_implementation == "finetune_varlen"
 
 
+GPT2: dict[str, Any] = {"model_type": "gpt2", "n_embd": 32, "n_head": 4, "n_layer": 1, "vocab_size": 64}
 GEMMA2: dict[str, Any] = {"model_type": "gemma2", "vocab_size": 64, "hidden_size": 32, "intermediate_size": 32,
                           "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}  # fmt: skip
 
@@ -165,6 +218,7 @@ GEMMA2: dict[str, Any] = {"model_type": "gemma2", "vocab_size": 64, "hidden_size
         (Attention.VARLEN, GEMMA2, "cannot cap attention scores"),
         (Attention.SDPA, GEMMA2, "is not known to this model; possible here: Auto, Eager"),
         (Attention.VARLEN, {"attention_dropout": 0.1}, "the model's attention_dropout is 0.1"),
+        (Attention.VARLEN, GPT2, "the model's attn_pdrop is 0.1"),
         (Attention.VARLEN, {"attention_chunk_size": 4}, "chunked attention"),
     ],
 )

@@ -215,12 +215,14 @@ BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
         {"zero_optimization": {"offload_optimizer": {"pin_memory": False}}},
         "offload_optimizer: needs `deepspeed.offloadOptimizer: CPU`",
     ),
+    "divided twice": ({"gradient_predivide_factor": 2}, "must be 1 with zeroStage 3"),
 }
 
 
 @pytest.mark.parametrize(("block", "says"), BLOCKS.values(), ids=BLOCKS.keys())
 def test_a_raw_block_is_checked_by_deepspeed(assets: Assets, block: dict[str, Any], says: str) -> None:
-    spec = spec_of(assets, deepspeed__config=block)
+    stage = 3 if "gradient_predivide_factor" in block else 0
+    spec = spec_of(assets, deepspeed__config=block, deepspeed__zeroStage=stage)
     with pytest.raises(ConfigError, match=says):
         check_block(block, engine.deepspeed_config(spec), cuda=False)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
+from safetensors.torch import load_file, save_file
 
 from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
@@ -26,6 +27,7 @@ from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 from tests.trainer.jobs import FULL
 
+QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 METRICS = {
     "step": 1,
     "steps": 1,
@@ -81,6 +83,22 @@ def test_a_real_process_from_launch_file_to_adapter(assets: Assets, tmp_path: Pa
     files = {path.name for path in (tmp_path / "output").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "train_result.json"} <= files
     assert not list(pod.scratch.glob("finetune-*")), "nothing is left in /tmp"
+
+
+@pytest.mark.parametrize("missing", ["lm_head.weight", "model.layers.1.mlp.down_proj.weight"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"deepspeed__zeroStage": 3, "numProcPerNode": 2}, QLORA], ids=["zero0", "zero3", "qlora"]
+)
+def test_weights_that_no_file_has_are_named(
+    start: StartPod, assets: Assets, tmp_path: Path, missing: str, changes: dict[str, Any]
+) -> None:
+    model = tiny.make_model(tmp_path / "model", tied=False)
+    tensors = load_file(model / "model.safetensors")
+    del tensors[missing]
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    pod = start(model__source={"kind": "Path", "path": str(model)}, **changes)
+    assert pod.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code, pod.log
+    assert f"1 of the tensors of LlamaForCausalLM are in no file: {missing}; " in pod.report["message"]
 
 
 def listeners(port: int) -> set[str]:

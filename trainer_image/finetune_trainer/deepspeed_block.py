@@ -58,6 +58,10 @@ def check_block(raw: dict[str, Any] | None, config: dict[str, Any], *, cuda: boo
     for name, field in (("offload_optimizer", "offloadOptimizer"), ("offload_param", "offloadParameters")):
         if name in zero and "device" not in config["zero_optimization"][name]:  # the field's
             raise ConfigError(f"{FIELD}.zero_optimization.{name}: needs `deepspeed.{field}: CPU`")
+    if config["zero_optimization"]["stage"] == 3 and raw.get("gradient_predivide_factor", 1) != 1:
+        raise ConfigError(
+            f"{FIELD}.gradient_predivide_factor: must be 1 with zeroStage 3, whose gradients are divided once"
+        )
     _ask_deepspeed(config)
 
 

@@ -12,8 +12,9 @@ import torch
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Attention, Precision
 from finetune_trainer import liger, lora_linear, losses
-from finetune_trainer.attention import Choice, choose, layout_arguments, use
+from finetune_trainer.attention import Choice, choose, keeps_apart, layout_arguments, use
 from finetune_trainer.compile import compile_layers
+from finetune_trainer.errors import ConfigError
 from finetune_trainer.layer_units import decoder_layers, gather_whole
 
 log = logging.getLogger("finetune_trainer")
@@ -72,9 +73,20 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
 
 
 def finish(engine: Any, spec: LaunchSpec, device: torch.device) -> None:
-    """Lets the head compute the loss, once the engine is there; all ranks call it."""
+    """Lets the head compute the loss, once the engine is there; all ranks call it.
+
+    Raises:
+        ConfigError: the model does not keep packed samples apart.
+    """
     causal_lm = unwrap(engine)
     kernels = kernels_of(engine)
+    if spec.training.packing:
+        vocabulary = causal_lm.config.get_text_config().vocab_size
+        if not keeps_apart(engine, vocabulary, device, by_layout=kernels.attention.by_layout):
+            raise ConfigError(
+                f"training.packing: samples of one row would see each other in {type(causal_lm).__name__} with attention "
+                f"{kernels.attention.name}; leave it out (`training.groupByLength: true` keeps padding low)"
+            )
     zeros = torch.zeros((1, 2), dtype=torch.int64, device=device)
     arguments = {"input_ids": zeros, "use_cache": False, "logits_to_keep": torch.tensor([0, 1], device=device)}
     if kernels.attention.by_layout:

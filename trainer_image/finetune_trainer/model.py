@@ -116,12 +116,23 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         sees = vision.sees(config)
         if spec.quantization is not None:
             placed["quantization_config"] = quantization_config(spec.quantization, spec, sees=sees)
-        model = vision.model_class(config).from_pretrained(
-            str(path), dtype=dtype, attn_implementation="sdpa", local_files_only=True, **placed
+        model, loading = vision.model_class(config).from_pretrained(
+            str(path),
+            dtype=dtype,
+            attn_implementation="sdpa",
+            local_files_only=True,
+            output_loading_info=True,
+            **placed,
         )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the model cannot be loaded: {error}") from error
     del keep_alive
+    if missing := sorted(loading["missing_keys"]):
+        some = ", ".join(missing[:3])
+        raise ConfigError(
+            f"model.uri: {spec.model.uri}: {len(missing)} of the tensors of {type(model).__name__} are in no file: {some}; "
+            "training would begin with random values in their place. Use a whole model, in transformers' own names"
+        )
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
     if spec.adapter is not None:

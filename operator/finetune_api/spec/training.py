@@ -112,7 +112,8 @@ class TrainingSpec(ApiModel):
     max_length: Annotated[int, Field(ge=8, le=1048576)] = 2048
     """Tokens of one sample (what becomes of longer ones: `overlong`) or, with `packing`, of one packed row."""
     packing: bool = False
-    """Put several samples into one row; they never see each other."""
+    """Put several samples into one row; they never see each other. A model that would let them (state space, convolution,
+    linear attention, and a few others) is refused when it is loaded."""
     global_batch_size: Annotated[int, Field(ge=1, le=65536)] = 8
     """Rows of one optimizer step over all ranks. It stays the same whatever the number of ranks."""
     micro_batch_size: Annotated[int, Field(ge=1, le=4096)] = 1

@@ -108,8 +108,9 @@ def _layout(model: Any, device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _dropout(model: Any) -> str | None:
-    rate = getattr(model.config.get_text_config(), "attention_dropout", 0.0)
-    return f"has no dropout, and the model's attention_dropout is {rate}" if rate else None
+    config = model.config.get_text_config()
+    rates = {name: getattr(config, name, 0.0) for name in ("attention_dropout", "attn_pdrop")}
+    return next((f"has no dropout, and the model's {name} is {rate}" for name, rate in rates.items() if rate), None)
 
 
 def _softcap(model: Any) -> str | None:
