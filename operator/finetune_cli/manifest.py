@@ -140,6 +140,10 @@ class _Reader:
     def _mapping(self, node: yaml.MappingNode, path: admission.Path) -> dict[str, Any]:
         own: set[str] = set()
         for key_node, _ in node.value:
+            if not isinstance(key_node, yaml.ScalarNode):
+                raise ManifestError(
+                    f"{self._source}:{key_node.start_mark.line + 1}: a key must be a text, not a list or a mapping"
+                )
             if key_node.value in own:
                 field = admission.Violation((*path, str(key_node.value)), "").field
                 raise ManifestError(f"{self._source}:{key_node.start_mark.line + 1}: {field}: stands here twice")

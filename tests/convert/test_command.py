@@ -1,5 +1,6 @@
 """The command line, and the small parts that the cases do not show."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -74,6 +75,27 @@ def test_what_is_no_configuration(
     captured = capsys.readouterr()
     assert message in captured.err
     assert captured.out == ""
+
+
+def test_files_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    template, path = tmp_path / "template.jinja", tmp_path / "train.yaml"
+    template.write_bytes(b"\xff\xfe")
+    path.write_text(f"model_name_or_path: a/b\nstage: sft\ndataset: x\noutput_dir: o\ndeepspeed: {'a' * 300}.json\n")
+    assert main(["convert", str(path), *OPTIONS, "--chat-template", str(template)]) == 2
+    assert f"--chat-template {template}: cannot be read" in capsys.readouterr().err
+    assert main(["convert", str(path), *OPTIONS]) == 2
+    assert "aaa.json` beside the configuration" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("attribute", ["columns", "tags"])
+def test_a_data_set_of_another_shape_is_refused(
+    attribute: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "train.yaml"
+    path.write_text("model_name_or_path: a/b\nstage: sft\ndataset: x\ndataset_dir: .\noutput_dir: o\n")
+    (tmp_path / "dataset_info.json").write_text(json.dumps({"x": {"file_name": "x.json", attribute: ["a"]}}))
+    assert main(["convert", str(path), *OPTIONS]) == 2
+    assert f"`{attribute}` must be a mapping" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

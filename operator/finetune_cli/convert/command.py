@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 from finetune_cli.convert import datasets, deepspeed, emit
 from finetune_cli.convert.config import Note, Problem, read_config
 from finetune_cli.convert.conversion import Conversion, Options, apply_static
+from finetune_cli.convert.files import is_file
 from finetune_cli.convert.rules import RULES, combinations
 from finetune_cli.convert.source import Source, SourceError, read_source
 from finetune_cli.convert.uris import job_name
@@ -93,6 +94,11 @@ def main(arguments: argparse.Namespace) -> int:
 
 def _template(given: str | None) -> str | None:
     """A file's text; names stay as they are."""
-    if given is None or not Path(given).is_file():
+    if given is None or not is_file(Path(given)):
         return given
-    return Path(given).read_text(encoding="utf-8")
+    try:
+        return Path(given).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SourceError(
+            f"--chat-template {given}: cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from error

@@ -73,6 +73,10 @@ class EntryReader:
             self._refuse(
                 "formatting", "`stage: pt` reads one text of a record", "alpaca with `columns: {prompt: text}`"
             )
+        for attribute in ("columns", "tags"):
+            if not isinstance(self.data.get(attribute) or {}, dict):
+                self._refuse(attribute, f"`{attribute}` must be a mapping", f"`{attribute}: {{OURS: THEIRS}}`")
+                return None
         entry: dict[str, Any] = {"uri": self._uri(), "format": _format(self.c, formatting)}
         columns = self._columns(entry["format"])
         tags = self._tags(entry["format"])
@@ -121,7 +125,7 @@ class EntryReader:
 
     def _columns(self, form: str) -> dict[str, str]:
         columns = self.data.get("columns")
-        if columns is None:
+        if not columns:
             return {"Text": {"text": "instruction"}, "Messages": {"messages": "conversations"}}.get(form, {})
         allowed = _COLUMNS.get(form, _TURNS)
         result: dict[str, str] = {}

@@ -74,8 +74,14 @@ def admit(manifest: dict[str, Any], old: dict[str, Any] | None = None) -> tuple[
 @functools.cache
 def _schema() -> Schema:
     schema: Schema = custom_resource_definition()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
-    # `metadata` has no properties here since the API server knows it by itself.
-    metadata = {"type": "object", "required": ["name"], "additionalProperties": {}}
+    # `metadata` has no properties in the CRD since the API server knows it by itself.
+    names = {"name": {"type": "string"}, "namespace": {"type": "string"}}
+    metadata = {
+        "type": "object",
+        "required": ["name"],
+        "properties": names,
+        "x-kubernetes-preserve-unknown-fields": True,
+    }
     properties = {key: value for key, value in schema["properties"].items() if key != "status"}
     return {**schema, "required": ["metadata", "spec"], "properties": {**properties, "metadata": metadata}}
 
@@ -259,10 +265,10 @@ def _quantity(text: str) -> float:
     found = _QUANTITY.fullmatch(text)
     if found is None:
         raise ValueError(f"`{text}` is no quantity")
-    number, suffix, exponent = float(found[1]), found[2], found[3]
+    number, suffix, exponent = found[1], found[2], found[3]
     if suffix in _BINARY:
-        return float(number * 1024 ** (_BINARY.index(suffix) + 1))
-    return float(number * 10.0 ** (_POWERS[suffix] if suffix else int(exponent or 0)))
+        return float(float(number) * 1024 ** (_BINARY.index(suffix) + 1))
+    return float(f"{number}e{_POWERS[suffix] if suffix else exponent or 0}")
 
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {

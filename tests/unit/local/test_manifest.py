@@ -24,6 +24,28 @@ def test_refused_with_the_words_of_the_api_server(case: str) -> None:
     assert line >= 1
 
 
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"name": 12}, "metadata.name: must be of type string, got `12`"),
+        ({"namespace": 123}, "metadata.namespace: must be of type string, got `123`"),
+    ],
+)
+def test_names_are_texts(change: dict[str, Any], says: str) -> None:
+    body = {**GOOD, "metadata": {**GOOD["metadata"], "labels": {"team": "a"}, **change}}
+    assert [str(violation) for violation in admission.admit(body)[1]] == [says]
+
+
+def test_a_key_that_is_no_text_is_refused_with_its_line() -> None:
+    with pytest.raises(ManifestError, match=r"job.yaml:2: a key must be a text, not a list or a mapping"):
+        parse("kind: FineTuneJob\n? [a]\n: 1\n", "job.yaml")
+
+
+def test_a_quantity_beyond_all_numbers_is_compared_all_the_same() -> None:
+    assert admission._quantity("1e400") == float("inf") and admission._quantity("1500m") == 1.5
+    assert admission._quantity("2Gi") == 2**31 and admission._quantity("1e3") == 1000
+
+
 def test_good_manifest_gets_the_defaults_of_the_crd() -> None:
     taken, violations = admission.admit(GOOD)
     assert violations == []
