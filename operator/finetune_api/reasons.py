@@ -43,6 +43,7 @@ class Reason(StrEnum):
     PREEMPTED = "Preempted"
     EVICTED = "Evicted"
     POD_DELETED = "PodDeleted"
+    POD_REJECTED = "PodRejected"
     IMAGE_PULL_FAILED = "ImagePullFailed"
     POD_FAILED = "PodFailed"
     # Decided by the operator.
@@ -117,6 +118,11 @@ FAILURES: dict[Reason, Failure] = {
         None, Recovery.RESTART_UNCOUNTED, "The pod was evicted (drain or node pressure); the gang restarts elsewhere."
     ),
     Reason.POD_DELETED: Failure(None, Recovery.RESTART_UNCOUNTED, "Somebody or something deleted a pod of the gang."),
+    Reason.POD_REJECTED: Failure(
+        None,
+        Recovery.RESTART_UNCOUNTED,
+        "The node would not take the pod; see kubectl describe node, and restart its device plugin if a GPU is not healthy.",
+    ),
     Reason.IMAGE_PULL_FAILED: Failure(
         None, Recovery.RESTART, "Check trainer.image, the registry and imagePullSecrets of the service account."
     ),

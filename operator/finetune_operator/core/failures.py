@@ -24,6 +24,8 @@ _DISRUPTIONS = {
 """Reasons of the DisruptionTarget condition."""
 _POD_REASONS = {"Evicted": Reason.EVICTED, "Preempting": Reason.PREEMPTED, "NodeLost": Reason.NODE_LOST}
 """`status.reason` of a failed pod."""
+_REJECTIONS = {"UnexpectedAdmissionError", "NodeAffinity", "NodePorts", "TopologyAffinityError", "AdmissionError"}
+"""`status.reason` of a pod that its kubelet refused, beside `OutOfcpu` and its like (pkg/kubelet/lifecycle/predicate.go)."""
 _LATEST = datetime.max.replace(tzinfo=UTC)
 _LOG_LIMIT = 600
 
@@ -144,6 +146,8 @@ def _platform(pod: ObservedPod, *, told: bool) -> tuple[Reason, str] | None:
         return reason, pod.message or _where(pod, f"{pod.name} was taken away ({pod.disruption})")
     if pod.reason in _POD_REASONS:
         return _POD_REASONS[pod.reason], pod.message or _where(pod, f"{pod.name}: {pod.reason}")
+    if pod.terminated is None and (pod.reason in _REJECTIONS or pod.reason.startswith("OutOf")):
+        return Reason.POD_REJECTED, _where(pod, f"{pod.name}: {pod.reason}: {pod.message}".rstrip(". "))
     killed = pod.terminated is None or pod.terminated.exit_code in (137, 143)
     if pod.deleting and (told or killed):
         return Reason.POD_DELETED, f"{pod.name} was deleted."

@@ -94,10 +94,15 @@ CASES: dict[str, tuple[list[ObservedPod], ObservedJob | None, Reason | None]] = 
     "Job going": ([pod()], child(deleting=True), Reason.POD_DELETED),
     "Job failed, a pod missing": ([pod()], FAILED, Reason.POD_DELETED),
     "Job failed, nobody knows why": ([pod(), pod(index=1)], FAILED, Reason.POD_FAILED),
+    "a device that is gone": (
+        [pod(phase="Failed", reason="UnexpectedAdmissionError", message="no healthy devices present")],
+        RUNNING,
+        Reason.POD_REJECTED,
+    ),
     "refused by kubelet": (
         [pod(phase="Failed", running=False, reason="OutOfcpu", message="no cpu")],
         RUNNING,
-        Reason.POD_FAILED,
+        Reason.POD_REJECTED,
     ),
 }
 
