@@ -41,6 +41,8 @@ the notes also stand in a comment at the top of the manifest. Exit status 0: con
 - Alpaca's `instruction` and `input` are joined with an empty line between them; in LLaMA-Factory with a line break.
 - Records with a `system`, `tools` or `images` key, and Alpaca's with `history`: LLaMA-Factory reads them only if `columns` names
   them, here they always count (but for `system` beside `messages`).
+- Vision beside an adapter: LLaMA-Factory puts adapters into an unfrozen tower and never trains the projector; here both are
+  trained whole or not at all, and only if `mm_projector_lr` asks for it.
 
 ## Data sets
 

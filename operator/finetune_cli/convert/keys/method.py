@@ -24,13 +24,19 @@ METHOD: tuple[Key, ...] = (
         choices=("lora", "oft", "freeze", "full"),
     ),
     translated("pure_bf16", Kind.BOOL, False, "training.precision", "true: PureBF16"),
-    translated("freeze_vision_tower", Kind.BOOL, True, "vision.freezeTower", "for models that see images"),
+    translated(
+        "freeze_vision_tower",
+        Kind.BOOL,
+        True,
+        "vision.freezeTower",
+        "for models that see images; false is refused with `finetuning_type: lora`, unless `mm_projector_lr` is there",
+    ),
     translated(
         "freeze_multi_modal_projector",
         Kind.BOOL,
         True,
         "vision.projectorLearningRate",
-        "true: absent, the projector is frozen; false: `mm_projector_lr`, else `learning_rate`",
+        "true: absent, the projector is frozen; false: `mm_projector_lr`, else `learning_rate`, and with lora no effect",
     ),
     translated(
         "early_stopping_steps",

@@ -103,20 +103,40 @@ def vision(c: Conversion) -> None:
     if not sees(c):
         _unused(c, keys, "there are no images: neither `template: llava` nor a data set with an `images` column")
         return
+    rate, frozen = c.config["mm_projector_lr"], c.config["freeze_multi_modal_projector"]
     c.put("vision.freezeTower", c.config["freeze_vision_tower"], "freeze_vision_tower")
-    rate = c.config["mm_projector_lr"]
-    if rate is not None and "freeze_multi_modal_projector" in c.config and c.config["freeze_multi_modal_projector"]:
+    if rate is not None and frozen and "freeze_multi_modal_projector" in c.config:
         c.refuse(
             "mm_projector_lr",
             "the projector is frozen by `freeze_multi_modal_projector: true`",
             "one of the two",
             keys[1],
         )
-    elif rate is not None or not c.config["freeze_multi_modal_projector"]:
+    elif c.config["finetuning_type"] == "lora":
+        _beside_adapter(c)
+    elif rate is not None or not frozen:
         chosen = c.config["learning_rate"] if rate is None else rate
         c.put("vision.projectorLearningRate", decimal(chosen), "mm_projector_lr", "freeze_multi_modal_projector")
     else:
         c.settle("vision", "freeze_multi_modal_projector")
+
+
+def _beside_adapter(c: Conversion) -> None:
+    """Tower and projector beside an adapter: LLaMA-Factory trains neither whole, a rate of the projector's own asks for it."""
+    rate, tower = c.config["mm_projector_lr"], not c.config["freeze_vision_tower"]
+    if rate is not None:
+        c.put("vision.projectorLearningRate", decimal(rate), "mm_projector_lr", "freeze_multi_modal_projector")
+        parts = "tower and projector are" if tower else "the projector is"
+        c.note("mm_projector_lr", f"LLaMA-Factory has no such key; here {parts} trained whole, beside the adapter")
+        return
+    if tower:
+        c.refuse(
+            "freeze_vision_tower",
+            "LLaMA-Factory puts adapters into the tower, here it would be trained whole",
+            "`freeze_vision_tower: true`, or `mm_projector_lr` beside it to train tower and projector whole",
+        )
+    if not c.config["freeze_multi_modal_projector"]:
+        c.note("freeze_multi_modal_projector", "no effect with `finetuning_type: lora`, in LLaMA-Factory neither")
 
 
 def sees(c: Conversion) -> bool:
