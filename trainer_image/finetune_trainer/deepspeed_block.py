@@ -1,28 +1,15 @@
 """The raw block `deepspeed.config`: merged over what the fields give, and checked by DeepSpeed's own schema.
 
-What fields decide is refused at admission (`finetune_api.deepspeed_config`). Here stands what only the trainer can know: which of
-DeepSpeed's top-level keys mean something to it, and what its device can do.
+What fields decide is refused at admission (`finetune_api.deepspeed_config`). Here are refused the top-level keys that mean
+nothing to the trainer, and what its device cannot do.
 """
 
 from typing import Any
 
+from finetune_api.deepspeed_keys import TOP_LEVEL
 from finetune_trainer.errors import ConfigError
 
 FIELD = "deepspeed.config"
-TOP_LEVEL = (
-    "comms_logger",
-    "communication_data_type",
-    "dump_state",
-    "gradient_predivide_factor",
-    "memory_breakdown",
-    "prescale_gradients",
-    "steps_per_print",
-    "timers",
-    "wall_clock_breakdown",
-    "zero_force_ds_cpu_optimizer",
-    "zero_optimization",
-)
-"""DeepSpeed ignores what it does not know, so only these are taken."""
 ONLY_CUDA = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
 
 

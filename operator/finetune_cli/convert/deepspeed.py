@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from finetune_api.deepspeed_keys import TOP_LEVEL
 from finetune_cli.convert.config import Problem, show
 from finetune_cli.convert.conversion import Conversion
 from finetune_cli.convert.files import find
@@ -250,8 +251,13 @@ class _Block:
         self._note((key,), "no effect: the trainer sets what it needs")
 
     def _rest(self, key: str, value: Any) -> None:
-        if value == "auto":
+        if key.startswith("_"):
+            self._note((key,), "left out: a comment")
+        elif value == "auto":
             self._note((key,), "auto: left to DeepSpeed's default")
+        elif key not in TOP_LEVEL:
+            known = ", ".join(f"`{name}`" for name in TOP_LEVEL)
+            self._refuse((key,), f"the trainer does not take it; there are {known}", "remove it")
         else:
             self.raw[key] = _plain(value)
 
