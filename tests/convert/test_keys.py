@@ -14,7 +14,8 @@ from finetune_cli.convert.conversion import Options
 from finetune_cli.convert.keys import KEYS
 from finetune_cli.convert.source import Source
 from finetune_cli.convert.table import Fate, Key, Kind
-from finetune_cli.convert.templates import BY_NAME, OWN, SEEING, TOKENIZERS
+from finetune_cli.convert.templates import BY_NAME, OWN, REASONING, SEEING, TOKENIZERS, WITHOUT_FUNCTIONS
+from finetune_trainer.data import chat_templates
 
 REFERENCE: dict[str, dict[str, dict[str, Any]]] = yaml.safe_load(
     (Path(__file__).parent / "llama_factory_keys.yaml").read_text()
@@ -174,6 +175,12 @@ def test_every_refused_key_says_what_to_use_and_every_part_has_a_refused_parent(
 def test_templates_are_known_once() -> None:
     groups = [set(BY_NAME), TOKENIZERS, SEEING, OWN]
     assert sum(map(len, groups)) == len(set().union(*groups))
+    assert REASONING < TOKENIZERS
+
+
+def test_templates_without_functions_are_those_that_say_so() -> None:
+    texts = {path.stem: path.read_text() for path in Path(chat_templates.__file__).parent.glob("templates/*.jinja")}
+    assert set(WITHOUT_FUNCTIONS) == {name for name, text in texts.items() if "has no form for functions" in text}
 
 
 def test_the_page_is_current() -> None:

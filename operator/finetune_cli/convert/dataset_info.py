@@ -7,6 +7,7 @@ from typing import Any
 from finetune_cli.convert.config import Problem, show
 from finetune_cli.convert.conversion import Conversion
 from finetune_cli.convert.source import Source
+from finetune_cli.convert.templates import WITHOUT_FUNCTIONS
 from finetune_cli.convert.uris import ON_THIS_MACHINE, join
 
 _FORMATS = {"alpaca": "Alpaca", "sharegpt": "ShareGPT", "openai": "Messages"}
@@ -146,6 +147,12 @@ class EntryReader:
                 self._note(("columns", column), f"no effect: format {form} has no `{column}`")
             else:
                 result["text" if form == "Text" else column] = str(theirs)
+        if "tools" in result and (template := _named_template(self.c)) in WITHOUT_FUNCTIONS:
+            self._refuse(
+                ("columns", "tools"),
+                f"the template `{template}` has no form for functions",
+                "`template: llama3`, chatml or qwen, or `--chat-template FILE` with a template that has one",
+            )
         if form == "Alpaca":
             for column, own in (("query", "input"), ("prompt", "instruction"), ("response", "output")):
                 if column not in result:
@@ -203,6 +210,11 @@ class EntryReader:
 
     def _at(self, attribute: str | tuple[str, ...]) -> str:
         return self.info.at(self.name, *((attribute,) if isinstance(attribute, str) else attribute))
+
+
+def _named_template(c: Conversion) -> str | None:
+    """The name of the template that will be used, or the text of one that was given."""
+    return c.options.chat_template or c.config["template"]
 
 
 def _format(c: Conversion, formatting: str) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 from finetune_cli.convert.config import show
 from finetune_cli.convert.keys import GROUPS, KEYS
 from finetune_cli.convert.table import Fate, Key
-from finetune_cli.convert.templates import BY_NAME, OWN, SEEING, TOKENIZERS
+from finetune_cli.convert.templates import BY_NAME, OWN, REASONING, SEEING, TOKENIZERS, WITHOUT_FUNCTIONS
 
 PATH = Path(__file__).resolve().parents[3] / "docs" / "llama-factory.md"
 
@@ -49,7 +49,8 @@ the notes also stand in a comment at the top of the manifest. Exit status 0: con
 Names in `dataset` and `eval_dataset` are looked up in `dataset_info.json` of `dataset_dir` (beside the configuration, then in the
 working directory). `file_name`, `hf_hub_url` (with `folder` and `split`), `formatting` (alpaca, sharegpt, openai), `columns`,
 `tags` and `num_samples` are translated. Refused: ModelScope, Modelers, scripts, object stores, subsets, `ranking` and its
-columns, videos and audio. `eval_dataset: humaneval,mbpp` are the benchmarks, although LLaMA-Factory has none of these names.
+columns, videos and audio, and `tools` with a template that has no form for them. `eval_dataset: humaneval,mbpp` are the
+benchmarks, although LLaMA-Factory has none of these names.
 """
 
 
@@ -60,6 +61,11 @@ def render() -> str:
     lines = [_HEAD]
     lines += ["## Chat templates", "", f"- By name: {_list((*BY_NAME, 'codellama'))}."]
     lines += [f"- The tokenizer's own is used, with a note: {_list(sorted(TOKENIZERS))}."]
+    lines += [
+        "- Of these, some leave out the thoughts of earlier turns: then several turns need `mask_history: true`, or"
+    ]
+    lines += [f"  `--chat-template` with a template that keeps them: {_list(sorted(REASONING))}."]
+    lines += [f"- No form for functions (`tools`): {_list(WITHOUT_FUNCTIONS)}."]
     lines += [f"- Only with `--chat-template`: {_list(sorted(OWN))}."]
     lines += [f"- Refused, models that see or hear in another way than LLaVA-1.5: {_list(sorted(SEEING))}.", ""]
     lines += [f"## All {len(KEYS)} keys", "", f"{total}.", ""]

@@ -19,6 +19,13 @@ TOKENIZERS = _names("""
     smollm smollm2 solar starchat telechat2 yi youtu yuan zephyr
 """)
 """Templates that repeat what the tokenizers of their models bring along."""
+REASONING = _names("""
+    deepseekr1 gemma4 glm4_7 glm4_moe glmz1 gpt_oss hy3 mimo mimo_v2 minimax2 qwen3 qwen3_5 qwen3_6 seed_oss
+    youtu
+""")
+"""Of `TOKENIZERS`: those that know thoughts."""
+WITHOUT_FUNCTIONS = ("llama2", "codellama", "mistral", "gemma", "llava")
+"""Templates of ours that have no form for functions, calls and results."""
 SEEING = _names("""
     aeva dots_ocr ernie_vl gemma3n gemma4n glm4_5v glm4v glm_ocr granite3_vision intern_s1 intern_vl keye_vl
     kimi_vl lfm2_vl llava_next llava_next_llama3 llava_next_mistral llava_next_qwen llava_next_video

@@ -78,13 +78,24 @@ def template(c: Conversion) -> None:
         c.put("model.chatTemplate", name, "template")
         c.note("template", "LLaMA-Factory has no such template (llama2 is the one for it); here there is one")
     elif name in templates.TOKENIZERS:
-        c.note(
-            "template",
-            "no template of that name here; the tokenizer's own is used, which LLaMA-Factory's repeats. Compare them if the model"
-            " is a base model or was trained with another one",
-        )
+        c.note("template", f"no template of that name here; the tokenizer's own is used. {_tokenizers(name)}")
     else:
         c.refuse("template", *_other_template(name))
+
+
+def _tokenizers(name: str) -> str:
+    """How a tokenizer's template may differ from LLaMA-Factory's of this name."""
+    if name.endswith("_nothink"):
+        return (
+            "It may write an empty thought before an answer, where LLaMA-Factory's writes none: `--chat-template FILE` with a"
+            " template that has none"
+        )
+    if name in templates.REASONING:
+        return (
+            "It may leave out the thoughts of earlier turns, and write empty ones elsewhere than LLaMA-Factory's: then"
+            " conversations of several turns need `mask_history: true`, or `--chat-template FILE` with a template that keeps them"
+        )
+    return "LLaMA-Factory's repeats it. Compare them if the model is a base model or was trained with another one"
 
 
 def _other_template(name: str) -> tuple[str, str]:
