@@ -127,6 +127,8 @@ class EntryReader:
     def _columns(self, form: str) -> dict[str, str]:
         columns = self.data.get("columns")
         if not columns:
+            if form == "Text":
+                self._note("", "a record's `input` is left out; LLaMA-Factory puts it behind `instruction` and a line break")
             return {"Text": {"text": "instruction"}, "Messages": {"messages": "conversations"}}.get(form, {})
         allowed = _COLUMNS.get(form, _TURNS)
         result: dict[str, str] = {}
@@ -143,6 +145,12 @@ class EntryReader:
                 )
             elif column in ("videos", "audios"):
                 self._refuse(("columns", column), f"{column} are not supported", "a data set of images and text")
+            elif form == "Text" and column == "query":
+                self._refuse(
+                    ("columns", column),
+                    "LLaMA-Factory trains `prompt`, a line break and `query`; here a text is one column",
+                    "a column with both, as `prompt`",
+                )
             elif column not in allowed:
                 self._note(("columns", column), f"no effect: format {form} has no `{column}`")
             else:
