@@ -99,6 +99,30 @@ def test_a_data_set_of_another_shape_is_refused(
 
 
 @pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("warmup_steps: .inf", "`warmup_steps` must be a number"),
+        ("save_steps: .inf", "`save_steps` must be a number"),
+        ("learning_rate: .nan", "`learning_rate` must be a number"),
+        (f"learning_rate: {'9' * 400}", "`learning_rate` must be a number"),
+        ("lora_rank: .inf", "`lora_rank` must be a whole number"),
+        ("interleave_probs: [.inf]\nmix_strategy: interleave_under", "must be 1 numbers above 0"),
+        (
+            "lr_scheduler_type: polynomial\nlr_scheduler_kwargs: {power: .inf}",
+            "`power: Infinity` has no field",
+        ),
+        ("deepspeed: {gradient_clipping: null}", "must be a number or `auto`, got `null`"),
+        ("deepspeed: {gradient_clipping: .inf}", "must be a number or `auto`, got `Infinity`"),
+        ("deepspeed: {train_batch_size: many}", "must be a number or `auto`, got `many`"),
+    ],
+)
+def test_what_is_no_number(line: str, message: str, config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config.write_text(f"{MINIMAL}{line}\n")
+    assert main(["convert", str(config), *OPTIONS]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("option", "message"),
     [
         (["--name", "Tune"], "lower-case letters"),

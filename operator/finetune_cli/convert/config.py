@@ -2,8 +2,9 @@
 
 import difflib
 import json
+import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from finetune_cli.convert.keys import KEYS
 from finetune_cli.convert.source import Source
@@ -120,8 +121,18 @@ def _plain(key: Key, value: Any) -> Any:
     return "no" if value is False and "no" in key.choices else value
 
 
+def is_number(value: Any) -> TypeGuard[int | float]:
+    """Whether a value is a number, of a size that a float has."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
 def _fits(kind: Kind, value: Any) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
+    number = is_number(value)
     match kind:
         case Kind.BOOL:
             return isinstance(value, bool)

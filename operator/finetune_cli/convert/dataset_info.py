@@ -128,7 +128,9 @@ class EntryReader:
         columns = self.data.get("columns")
         if not columns:
             if form == "Text":
-                self._note("", "a record's `input` is left out; LLaMA-Factory puts it behind `instruction` and a line break")
+                self._note(
+                    "", "a record's `input` is left out; LLaMA-Factory puts it behind `instruction` and a line break"
+                )
             return {"Text": {"text": "instruction"}, "Messages": {"messages": "conversations"}}.get(form, {})
         allowed = _COLUMNS.get(form, _TURNS)
         result: dict[str, str] = {}

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune_cli.convert.config import Problem
+from finetune_cli.convert.config import Problem, is_number
 from finetune_cli.convert.conversion import Conversion, decimal
 from finetune_cli.convert.dataset_info import HUB_NAME, EntryReader
 from finetune_cli.convert.files import find
@@ -126,7 +126,7 @@ def _mixed(c: Conversion, entries: list[dict[str, Any]], names: list[str]) -> li
     except ValueError:
         weights = []
     c.settle("datasets.train", "mix_strategy", "interleave_probs")
-    if len(weights) != len(names) or any(w <= 0 for w in weights):
+    if len(weights) != len(names) or not all(is_number(w) and w > 0 for w in weights):
         c.refuse(
             "interleave_probs", f"must be {len(names)} numbers above 0, one for each of `dataset`", "such as `0.7,0.3`"
         )

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune_api.deepspeed_keys import TOP_LEVEL
-from finetune_cli.convert.config import Problem, show
+from finetune_cli.convert.config import Problem, is_number, show
 from finetune_cli.convert.conversion import Conversion
 from finetune_cli.convert.files import find
 from finetune_cli.convert.source import Source, SourceError, read_source
@@ -235,6 +235,8 @@ class _Block:
         has = self.c.spec.get("training", {}).get(field.removeprefix("training."))
         if value == "auto":
             self._note((key,), f"auto: `{field}` is {has}")
+        elif not is_number(value):
+            self._refuse((key,), f"must be a number or `auto`, got `{show(value)}`", "`auto`")
         elif has is None or float(value) != float(has):
             self._refuse((key,), f"`{show(value)}` contradicts `{field}`, which is {has}", "`auto`")
         else:

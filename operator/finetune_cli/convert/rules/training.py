@@ -1,6 +1,6 @@
 """Batches, epochs, lengths, the learning rate's course and the optimizer."""
 
-from finetune_cli.convert.config import show
+from finetune_cli.convert.config import is_number, show
 from finetune_cli.convert.conversion import Conversion, decimal
 
 _SCHEDULERS = {
@@ -165,7 +165,7 @@ def _warmup(c: Conversion, scheduler: str) -> None:
 def _parameters(c: Conversion, scheduler: str) -> None:
     fields = _PARAMETERS.get(scheduler, {})
     for name, value in (c.config["lr_scheduler_kwargs"] or {}).items():
-        if name not in fields or isinstance(value, bool) or not isinstance(value, int | float):
+        if name not in fields or not is_number(value):
             known = ", ".join(f"`{f}`" for f in fields) or "none"
             c.refuse(
                 "lr_scheduler_kwargs", f"`{name}: {show(value)}` has no field; `{scheduler}` has {known}", "one of them"
