@@ -119,7 +119,15 @@ class EntryReader:
                 " `--data-uri file:///FOLDER` for `finetune run`",
             )
             return ""
-        uri = join(self.c.options.data_uri, name)
+        here = name.startswith("/")
+        if here and not self.c.options.data_uri.startswith("file://"):
+            self._refuse(
+                "file_name",
+                f"the absolute path {ON_THIS_MACHINE}",
+                "a path below `dataset_dir`, and its file below `--data-uri`",
+            )
+            return ""
+        uri = join("file:///" if here else self.c.options.data_uri, name)
         if uri is None:
             self._refuse("file_name", "leaves the folder of the data", "a path without `..`")
         return uri or ""
@@ -189,7 +197,11 @@ class EntryReader:
         """Split, subset and number of records."""
         result: dict[str, Any] = {}
         split, hub = self.data.get("split"), "hf_hub_url" in self.data
-        if hub:
+        if hub and "[" in str(split):
+            self._refuse(
+                "split", "a part of a split is not read", "the whole split, with `num_samples` for its first records"
+            )
+        elif hub:
             result["split"] = str(split or "train")
         elif split not in (None, "train"):
             self._refuse("split", f"a file has no split `{split}`", "a file of its own for each split")

@@ -17,13 +17,13 @@ BENCHMARKS = {"humaneval": ("HumanEval", "openai/openai_humaneval"), "mbpp": ("M
 
 def resolve(c: Conversion) -> None:
     """`datasets`: all of `dataset` and `eval_dataset`."""
-    names = c.config["dataset"]
+    names = _once(c, "dataset")
     info = _info(c)
     if not names:
         c.refuse("dataset", "the data set is missing", "`dataset: NAME`, with NAME in dataset_info.json")
-    train = [entry for name in names or [] if (entry := _entry(c, "dataset", name, info)) is not None]
-    c.put("datasets.train", _mixed(c, train, names or []), "dataset", "dataset_dir", "max_samples")
-    found = [entry for name in c.config["eval_dataset"] or [] if (entry := _evaluation(c, name, info)) is not None]
+    train = [entry for name in names if (entry := _entry(c, "dataset", name, info)) is not None]
+    c.put("datasets.train", _mixed(c, train, names), "dataset", "dataset_dir", "max_samples")
+    found = [entry for name in _once(c, "eval_dataset") if (entry := _evaluation(c, name, info)) is not None]
     if found:
         c.put("datasets.evaluation", found, "eval_dataset")
     elif "eval_dataset" in c.config:
@@ -34,6 +34,15 @@ def resolve(c: Conversion) -> None:
             "media_dir", "images lie in the folder of their records", "one folder for both, or full paths in the data"
         )
     c.settle("datasets", "media_dir")
+
+
+def _once(c: Conversion, key: str) -> list[str]:
+    """The names under a key, each once."""
+    given = c.config[key] or []
+    names = list(dict.fromkeys(given))
+    if len(names) < len(given):
+        c.note(key, "a name that stands there again does not count again, in LLaMA-Factory neither")
+    return names
 
 
 def _info(c: Conversion) -> Source | None:

@@ -50,7 +50,8 @@ Names in `dataset` and `eval_dataset` are looked up in `dataset_info.json` of `d
 working directory). `file_name`, `hf_hub_url` (with `folder` and `split`), `formatting` (alpaca, sharegpt, openai), `columns`,
 `tags` and `num_samples` are translated. Refused: ModelScope, Modelers, scripts, object stores, subsets, `ranking` and its
 columns, videos and audio, and `tools` with a template that has no form for them. `eval_dataset: humaneval,mbpp` are the
-benchmarks, although LLaMA-Factory has none of these names.
+benchmarks, although LLaMA-Factory has none of these names. An absolute `file_name` stays where it is with `--data-uri file://`,
+and is refused with `pvc://`; parts of a split (`train[:10%]`) are refused.
 """
 
 
