@@ -43,6 +43,11 @@ the notes also stand in a comment at the top of the manifest. Exit status 0: con
   them, here they always count (but for `system` beside `messages`).
 - Vision beside an adapter: LLaMA-Factory puts adapters into an unfrozen tower and never trains the projector; here both are
   trained whole or not at all, and only if `mm_projector_lr` asks for it.
+- Records whose turns are out of order or that have no answer: LLaMA-Factory skips them with a warning; here they are errors, or
+  trained where the template takes them.
+- Functions: llama3's are in the first user turn as Llama 3.1's own template has them, in LLaMA-Factory in the system turn;
+  chatml's are Hermes 2's `<tool_call>`, in LLaMA-Factory lines of `Action:`.
+- The line break behind `<|im_end|>` is no target here; in LLaMA-Factory it is learnt with the answer.
 
 ## Data sets
 
