@@ -32,6 +32,8 @@ MBPP = [
      "test_imports": ["import math"], "test_list": ["assert math.isclose(area(1), math.pi)"]},
     {"task_id": 3, "text": "Write a function to reverse a string.", "code": "def rev(s):\n    return s[::-1]",
      "test_setup_code": "base = 'ab'", "test_list": ["assert rev(base) == 'ba'"]},
+    {"task_id": 4, "text": "Write a function to make a node.", "code": "def node(value):\n    return [value]",
+     "test_setup_code": "root = node(3)", "test_list": ["assert root == [3]"]},
 ]  # fmt: skip
 
 
@@ -314,7 +316,7 @@ def test_no_answer_passes_and_no_sandbox_leaks_into_the_log(start: StartPod, tmp
     pod = start(benchmarks=with_benchmark(mbpp, "MBPP"), training__maxSteps=1, generation__maxNewTokens=8)
     report = pod.done()
     assert {m["name"]: m["value"] for m in report["metrics"]}["MBPPPassAt1"] == 0.0
-    assert "MBPP: 0 of 3 programs passed" in pod.log and "sandbox: seccomp" in pod.log
+    assert "MBPP: 0 of 4 programs passed" in pod.log and "sandbox: seccomp" in pod.log
 
 
 def test_problem_helpers() -> None:

@@ -73,7 +73,8 @@ MODELS: dict[str, Any] = {
     "lora": lambda: with_adapter(llama()),
     "rslora": lambda: with_adapter(llama(), use_rslora=True),
     "dora": lambda: with_adapter(llama(), use_dora=True),
-    "lora-on-fused-experts": lambda: with_adapter(mixtral(), target_modules=["q_proj", "o_proj"]),
+    "lora-beside-fused-experts": lambda: with_adapter(mixtral(), target_modules=["q_proj", "o_proj"]),
+    "lora-on-fused-experts": lambda: with_adapter(mixtral()),
 }
 
 

@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError
 
+from finetune_api.launch import HubSource
+from finetune_trainer.errors import HubUnavailableError
+from finetune_trainer.hub import _hub_errors
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets
 from tests.trainer.hub import COMMIT, TOKEN, Hub
@@ -77,6 +81,23 @@ def test_refusals_name_the_field(hub: Hub, tmp_path: Path, what: dict[str, Any],
     assert answer["reason"] == reason
     for part in parts:
         assert part in answer["message"]
+
+
+def test_a_download_that_was_cut_off_is_done_again(hub: Hub, tmp_path: Path) -> None:
+    path = Path(result(client(source(), tmp_path / "cache", hub.url))["path"])
+    (marker,) = (tmp_path / "cache" / "complete").iterdir()
+    marker.write_text("")  # a full disk, or a kill between opening and writing
+    (path / "config.json").unlink()
+    assert Path(result(client(source(), tmp_path / "cache", hub.url))["path"]) == path
+    assert (path / "config.json").is_file() and marker.read_text()
+
+
+def test_a_hub_that_stops_answering_between_files_is_waited_for() -> None:
+    with (
+        pytest.raises(HubUnavailableError, match="no hub answered"),
+        _hub_errors(HubSource(**source()), "hf://a/b", "model"),
+    ):
+        raise LocalEntryNotFoundError("the file's head answered 503 until retries were used up")
 
 
 def test_no_hub_and_a_hub_out_of_order(hub: Hub, tmp_path: Path) -> None:

@@ -312,6 +312,8 @@ def test_the_report_always_fits() -> None:
     report = termination_report(None, Reason.CODE_ERROR, "é" * 5000, 3, "☠" * 9000)
     assert len(report.to_json().encode()) <= TERMINATION_MESSAGE_LIMIT_BYTES
     assert TerminationReport.model_validate_json(report.to_json()).rank == 3
+    report = termination_report(None, Reason.CONFIG_ERROR, "output.uri: caf\udce9.txt is in the way", 0, "\udce9")
+    assert TerminationReport.model_validate_json(report.to_json()).message == "output.uri: caf?.txt is in the way"
 
 
 def test_a_rank_needs_no_home_and_no_passwd_entry(

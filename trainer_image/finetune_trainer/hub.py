@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_api.launch import HubSource, PathSource
 from finetune_trainer.errors import ConfigError, HubUnavailableError
+from finetune_trainer.files import write_atomic
 
 log = logging.getLogger("finetune_trainer")
 MODEL_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "tokenizer*"]
@@ -58,11 +59,11 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     assert commit is not None
     marker = _marker(source, commit, cache_dir)
     with locked(cache_dir / "locks" / f"{_name(source)}.lock"):
-        if not marker.is_file():
+        if not _is_complete(marker):
             log.info("downloading %s at %s", uri, commit[:12])
             folder = _download(source, commit, cache_dir, uri, field, _patterns(source))
             marker.parent.mkdir(parents=True, exist_ok=True)
-            marker.write_text(str(folder.relative_to(cache_dir)), encoding="utf-8")
+            write_atomic(marker, str(folder.relative_to(cache_dir)).encode(), durable=True)
         folder = cache_dir / marker.read_text(encoding="utf-8")
     path = folder / source.path.strip("/")
     if not path.exists():
@@ -77,7 +78,7 @@ def config_ahead(source: PathSource | HubSource, commit: str | None, cache_dir: 
         HubUnavailableError: the download failed.
         ConfigError: no access.
     """
-    if isinstance(source, PathSource) or commit is None or _marker(source, commit, cache_dir).is_file():
+    if isinstance(source, PathSource) or commit is None or _is_complete(_marker(source, commit, cache_dir)):
         return None
     folder = source.path.strip("/")
     return _download(source, commit, cache_dir, uri, "model", [f"{folder}/{CONFIG}".lstrip("/")]) / folder
@@ -97,6 +98,10 @@ def _name(source: HubSource) -> str:
 def _marker(source: HubSource, commit: str, cache_dir: Path) -> Path:
     """Is there once all of it has been downloaded."""
     return cache_dir / "complete" / f"{_name(source)}--{commit}--{source.path.strip('/').replace('/', '--')}"
+
+
+def _is_complete(marker: Path) -> bool:
+    return marker.is_file() and marker.stat().st_size > 0
 
 
 def _patterns(source: HubSource) -> list[str]:
@@ -160,6 +165,8 @@ def _hub_errors(source: HubSource, uri: str, field: str) -> Iterator[None]:
         ) from error
     except hub.RevisionNotFoundError as error:
         raise ConfigError(f"{field}.revision: {uri} has no branch, tag or commit `{source.revision}`") from error
+    except hub.LocalEntryNotFoundError as error:  # a kind of EntryNotFoundError: the hub was asked and did not answer
+        raise HubUnavailableError(f"{field}.uri: no hub answered for {uri}: {error}") from error
     except (hub.RepositoryNotFoundError, hub.EntryNotFoundError) as error:
         if status(error) == 401:
             raise ConfigError(_denied(source, uri, field, 401)) from error
@@ -171,7 +178,7 @@ def _hub_errors(source: HubSource, uri: str, field: str) -> Iterator[None]:
         if code in (401, 403):
             raise ConfigError(_denied(source, uri, field, code)) from error
         raise HubUnavailableError(f"{field}.uri: the hub answered {code} for {uri}: {error}") from error
-    except (httpx.HTTPError, hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, OSError) as error:
+    except (httpx.HTTPError, hub.OfflineModeIsEnabled, OSError) as error:
         raise HubUnavailableError(f"{field}.uri: no hub answered for {uri}: {error}") from error
 
 

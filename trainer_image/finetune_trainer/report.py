@@ -74,6 +74,8 @@ def termination_report(
         traceback: its end is kept, the innermost frames.
     """
     facts = state or RankState(rank=0, attempt=0)
+    # A file's name may be no UTF-8, and half of a character stands in a text for what is none.
+    message, traceback = (text.encode(errors="replace").decode() for text in (message, traceback))
     for limit in (TRACEBACK_LIMIT, 700, 0):
         report = TerminationReport(
             reason=reason,

@@ -56,8 +56,10 @@ def check_mergeable(model: Any) -> None:
     """Refuses, before anything is trained, adapters that cannot be merged.
 
     Raises:
-        ConfigError: an adapter sits on a weight that another layer shares, which has no adapter.
+        ConfigError: an adapter sits on a weight that another layer shares, which has no adapter, or on what is not known here.
     """
+    if unknown := [name for name in sources_of(model) if ".base_layer." in name or ".lora_" in name]:
+        raise ConfigError(f"output.mergeAdapter: the adapter on {unknown[0]} cannot be merged; leave it out")
     owners: dict[int, list[str]] = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners.setdefault(id(parameter), []).append(name)
@@ -81,9 +83,14 @@ def sources_of(model: Any) -> dict[str, Source]:
         elif name == f"{owner}.base_layer.weight":
             parts = list(layers[owner].parameters())
             sources[f"{owner}.weight"] = Source(parts, _kind(parameter), lambda layer=layers[owner]: _merged(layer))  # type: ignore[misc]
-        elif name.startswith(f"{owner}.base_layer."):
-            plain = name.replace(".base_layer.", ".")
-            sources[plain] = Source([parameter], _kind(parameter), parameter.detach)
+        elif name.startswith(f"{owner}.base_layer.") and ".lora_" not in name:
+            plain, kind = name.replace(".base_layer", ""), _kind(parameter)
+            adapter = _of_parameter(layers, owner, plain.rpartition(".")[2])
+            if adapter is None:
+                sources[plain] = Source([parameter], kind, parameter.detach)
+            else:
+                parts = [parameter, *(p for n, p in adapter.named_parameters() if n.startswith("lora_"))]
+                sources[plain] = Source(parts, kind, lambda p=parameter, a=adapter: _added(p, a))  # type: ignore[misc]
     saved = base.state_dict().keys()
     for name, buffer in base.named_buffers():
         if name in saved:
@@ -94,6 +101,17 @@ def sources_of(model: Any) -> dict[str, Source]:
 
 def _kind(tensor: Any) -> Kind:
     return Kind(tensor.dtype, tuple(getattr(tensor, "ds_shape", tensor.shape)))
+
+
+def _of_parameter(layers: dict[str, Any], owner: str, parameter: str) -> Any:
+    """The adapter on a parameter that is no module's weight (fused experts). Those of one module are around each other."""
+    around = (layer for name, layer in layers.items() if name == owner or name.startswith(f"{owner}.base_layer"))
+    return next((layer for layer in around if getattr(layer, "parameter_name", None) == parameter), None)
+
+
+def _added(parameter: torch.Tensor, adapter: Any) -> torch.Tensor:
+    delta: torch.Tensor = adapter.get_delta_weight(ADAPTER).to(parameter.dtype)
+    return (parameter + delta).detach()
 
 
 def _merged(layer: Any) -> torch.Tensor:

@@ -154,16 +154,16 @@ def _mbpp(record: Record) -> Problem:
     task, tests = _text(record, key).strip(), value["test_list"]
     if not isinstance(tests, list) or not tests or not all(isinstance(test, str) for test in tests):
         raise DataError(f"{record.place}: `test_list` must be a list of assertions")
-    setup = value.get("test_setup_code") or "\n".join(value.get("test_imports") or [])
+    imports, setup = "\n".join(value.get("test_imports") or []), value.get("test_setup_code") or ""
     listed = "\n".join(tests)
     return Problem(
         task_id=str(value["task_id"]),
         prompt=f'"""\n{task}\n{tests[0]}\n"""',
         question=f"{task}\n\nYour code should pass these tests:\n\n{listed}",
         stops=MBPP_STOPS,
-        head=f"{setup}\n" if setup else "",
+        head=f"{imports}\n" if imports else "",
         entry_point=None,
-        checks=f"{listed}\n",
+        checks=f"{setup}\n{listed}\n" if setup else f"{listed}\n",  # the setup may use what the answer defines
     )
 
 

@@ -132,7 +132,8 @@ class Watch:
         total = count = 0
         for entry in os.scandir(self.request["folder"]):
             count += 1
-            total += entry.stat(follow_symlinks=False).st_size
+            with contextlib.suppress(FileNotFoundError):  # the program may have removed it since
+                total += entry.stat(follow_symlinks=False).st_size
         if count > self.limits["folder_files"] or total > self.limits["folder_bytes"]:
             return f"wrote more than {self.limits['folder_files']} files or {self.limits['folder_bytes']} bytes"
         return None
