@@ -116,26 +116,26 @@ class Checkpoints:
         return self._num_before + int(self._saving is not None and self._saving.saved is not None)
 
     def restore(self, engine: Any) -> Progress | None:
-        """Resumes from the newest checkpoint that verifies.
+        """Resumes from the newest checkpoint that verifies; newer ones are then set aside.
 
         Returns:
             Its progress; None if there is none to resume from.
 
         Raises:
             ConfigError: the newest checkpoint is another run's, or cannot be resumed on this number of ranks.
-            CheckpointCorruptError: there are checkpoints and none verifies.
+            CheckpointCorruptError: there are checkpoints and none verifies. They stay, so that the next attempt says the same.
         """
         found = self.world.together(lambda: self._candidates() if self.world.is_first else [])[0]
-        for name in found:
+        for newer, name in enumerate(found):
             folder = self.root / name
             problems = [p for p in self.world.together(lambda f=folder: self._verify(f)) if p]  # type: ignore[misc]
             if problems:
                 log.error("checkpoint %s is corrupt and skipped: %s", name, "; ".join(problems))
-                self.world.together(lambda f=folder: self._set_aside(f))  # type: ignore[misc]
                 continue
             saved = mf.read_manifest(folder)
             if differs := differences(self.fingerprint, saved.fingerprint):
                 raise ConfigError(f"checkpoint.uri: {folder} is of another run: {'; '.join(differs[:5])}")
+            self.world.together(lambda names=found[:newer]: self._set_aside(names))  # type: ignore[misc]
             self._load(engine, folder, saved)
             progress = saved.progress
             if saved.world_size == self.world.size:
@@ -149,7 +149,10 @@ class Checkpoints:
                 progress.note = f"{progress.note} {said}".strip()
             return progress
         if found:
-            raise CheckpointCorruptError(f"{self.root}: none of the {len(found)} checkpoints verifies; see the log")
+            raise CheckpointCorruptError(
+                f"{self.root}: none of the {len(found)} checkpoints verifies ({', '.join(found[:5])}); see the log; restore one "
+                "of them, or delete them all to start from step 0"
+            )
         return None
 
     def load_step(self, engine: Any, step: int) -> None:
@@ -233,7 +236,9 @@ class Checkpoints:
                 return problem
         return None
 
-    def _set_aside(self, folder: Path) -> None:
-        if self.claim is not None:
+    def _set_aside(self, names: list[str]) -> None:
+        if self.claim is None:
+            return
+        for name in names:
             self.claim.check()
-            folder.rename(folder.with_name(folder.name + f".corrupt-{self.claim.attempt}"))
+            (self.root / name).rename(self.root / f"{name}.corrupt-{self.claim.attempt}")
