@@ -1,11 +1,14 @@
 """What must fit before anything is loaded: the formula, what is refused, and with which words."""
 
 import json
+import shutil
 from math import prod
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from finetune_api.launch import LaunchSpec
 from finetune_trainer.memory import (
@@ -177,6 +180,23 @@ def test_what_may_fit_is_not_refused() -> None:
     assert nothing is not None and nothing.endswith(
         "No setting makes it fit: use more or larger machines, or a smaller model"
     )
+
+
+def test_weights_that_are_not_loaded_are_not_counted(assets: Assets, tmp_path: Path) -> None:
+    expected, folder = read_shapes(assets.model), tmp_path / "model"
+    shutil.copytree(assets.model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    shards = {"model-1.safetensors": tensors, "model-2.safetensors": {"lm_head.weight": torch.zeros(512, 64)}}
+    for file, held in shards.items():
+        save_file(held, folder / file)
+    weight_map = {name: file for file, held in shards.items() for name in held}
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    save_file({"layers.0.wq": torch.zeros(8, 8)}, folder / "consolidated.00.safetensors")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    assert read_shapes(folder) == expected, "the head is the embedding"
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"tie_word_embeddings": False}))
+    assert read_shapes(folder) == expected | {"lm_head.weight": (512, 64)}
 
 
 def llama_2_70b(folder: Path, small: Path) -> Path:

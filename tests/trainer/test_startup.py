@@ -59,11 +59,14 @@ def resident(file: Path) -> float:
 def test_weights_are_read_ahead_if_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(readahead, "BLOCK_BYTES", 1 << 20)
     files = [tmp_path / f"model-{n}.safetensors" for n in range(3)]
-    for file in files:
+    other = tmp_path / "consolidated.safetensors"
+    for file in [*files, other]:
         with file.open("wb") as stream:
             stream.write(os.urandom(5 << 20))
             os.fsync(stream.fileno())
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {str(n): file.name for n, file in enumerate(files)}}))
     if resident(files[0]) > 0.5:
         pytest.skip("this file system keeps its pages")
     monkeypatch.setattr(readahead, "_free_memory", lambda: 25 << 20)
@@ -72,6 +75,9 @@ def test_weights_are_read_ahead_if_they_fit(tmp_path: Path, monkeypatch: pytest.
     for thread in readahead.read_ahead(tmp_path):
         thread.join()
     assert [resident(file) for file in files] == [1.0] * 3
+    assert resident(other) < 0.5, "no weights that are loaded"
+    index.write_text("{")
+    assert readahead.read_ahead(tmp_path) == []
     assert readahead.read_ahead(tmp_path / "nowhere") == []
 
 

@@ -30,6 +30,7 @@ from finetune_trainer.config import combination
 from finetune_trainer.container import memory_limit
 from finetune_trainer.engine import copies_masters, zero_stage
 from finetune_trainer.errors import ConfigError
+from finetune_trainer.weights import weight_files
 
 Shapes = Mapping[str, tuple[int, ...]]
 """Of each weight, by its name in the files."""
@@ -37,6 +38,7 @@ GIB = 2**30
 _MOMENTS = {Optimizer.ADAMW: 2.0, Optimizer.ADAMW_8BIT: 0.5}
 """Bytes that momentum and variance take for each byte of a float32 or bf16 state; paged ones can leave the GPU."""
 _NO_LAYER = re.compile(r"(^|\.)(embed\w*|lm_head|wte|wpe)\.")
+_HEAD = re.compile(r"(^|\.)lm_head\.weight$")
 _LAYER = re.compile(r"\.(\d+)\.")
 _MOST_NODES = 16
 _ADAPTER = LaunchAdapter(
@@ -70,14 +72,21 @@ class Capacity:
 
 
 def read_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a model's weights, from the headers of its safetensors files; no weight is read."""
+    """The shapes of a model's weights, from the headers of its safetensors files, as they are in memory; no weight is read."""
     shapes: dict[str, tuple[int, ...]] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in weight_files(folder):
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             header: dict[str, Any] = json.loads(file.read(length))
         shapes |= {name: tuple(kind["shape"]) for name, kind in header.items() if name != "__metadata__"}
+    if _is_tied(json.loads((folder / "config.json").read_text(encoding="utf-8"))):
+        return {name: shape for name, shape in shapes.items() if not _HEAD.search(name)}
     return shapes
+
+
+def _is_tied(config: dict[str, Any]) -> bool:
+    """Whether the head is the embedding; some files hold it twice all the same."""
+    return any(part.get("tie_word_embeddings") for part in (config, config.get("text_config") or {}))
 
 
 def shapes_of_config(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ from finetune_trainer.adapters import add_adapter, freeze
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.quantization import device_map, quantization_config
+from finetune_trainer.weights import weight_files
 
 log = logging.getLogger("finetune_trainer")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -39,12 +40,7 @@ def check_model_folder(path: Path, uri: str) -> dict[str, Any]:
         raise ConfigError(f"model.uri: {uri}: {config_file} is broken JSON: {error}") from error
     if not any((path / name).is_file() for name in TOKENIZER_FILES):
         raise ConfigError(f"model.uri: {uri}: {path} has no tokenizer (tokenizer.json)")
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    else:
-        wanted = ["model.safetensors"]
-    missing = [name for name in wanted if not (path / name).is_file()]
+    missing = [str(file.relative_to(path)) for file in weight_files(path) if not file.is_file()]
     if missing:
         raise ConfigError(f"model.uri: {uri}: {path} is incomplete; missing: {', '.join(missing[:5])}")
     return config

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 from finetune_trainer.container import memory_limit
+from finetune_trainer.weights import weight_files
 
 BLOCK_BYTES = 1 << 25
 NUM_THREADS = 4
@@ -17,11 +18,11 @@ SHARE_OF_MEMORY = 0.5
 
 
 def read_ahead(folder: Path) -> list[threading.Thread]:
-    """Starts to read the safetensors files of a folder, if they fit into memory, and returns the threads that do it."""
+    """Starts to read a model's weights, if they fit into memory, and returns the threads that do it."""
     try:
-        sizes = {file: file.stat().st_size for file in sorted(folder.glob("*.safetensors"))}
+        sizes = {file: file.stat().st_size for file in weight_files(folder)}
         fit = sum(sizes.values()) < SHARE_OF_MEMORY * _free_memory()
-    except OSError:
+    except Exception:  # an index that is none, too: what is wrong is told when the model is checked
         return []
     blocks = [(file, at) for file, size in sizes.items() for at in range(0, size, BLOCK_BYTES)] if fit else []
     threads = [
