@@ -5,6 +5,7 @@ The model is small and random, its tower too; the images and questions are easy-
 
 import io
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,6 +209,33 @@ def test_an_image_that_cannot_be_decoded_is_named_when_it_is_wanted(
         rows_of(seeing, store).batch([0])
 
 
+@pytest.mark.parametrize(("mode", "form"), [("I;16", "png"), ("I", "tiff"), ("F", "tiff")])
+def test_an_image_of_more_than_8_bits_per_channel_is_refused(
+    seeing: Seeing, tmp_path: Path, mode: str, form: str
+) -> None:
+    import PIL.Image
+
+    PIL.Image.new(mode, (8, 8), 9).save(tmp_path / "a", form)
+    store = store_of(seeing, tiny.write_jsonl(tmp_path / "data.jsonl", [easy_vqa.record("q", "a", "a")]))
+    says = rf"data\.jsonl:1: the image .*a has mode {mode}, .*; convert it to 8 bits per channel"
+    with pytest.raises(DataError, match=says):
+        rows_of(seeing, store).batch([0])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK"])
+def test_every_image_becomes_rgb_whatever_the_processor_says(seeing: Seeing, tmp_path: Path, mode: str) -> None:
+    import PIL.Image
+
+    model = tmp_path / "model"
+    shutil.copytree(seeing.model, model)
+    config = json.loads((model / "processor_config.json").read_text())
+    processed(do_convert_rgb=None)(config)
+    (model / "processor_config.json").write_text(json.dumps(config))
+    image = PIL.Image.effect_noise((64, 64), 80).convert(mode)
+    expected = seeing.image().process(image)
+    assert np.array_equal(replace(seeing, model=model).image().process(image), expected)
+
+
 def test_a_model_that_does_not_see_refuses_images_and_a_vision_block(seeing: Seeing) -> None:
     encoder = Encoder(tiny.make_tokenizer(), "x")
     dataset = LaunchDataset.model_validate(jobs.dataset(seeing.data / "train.jsonl"))
@@ -347,8 +375,6 @@ BROKEN: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_model_whose_parts_do_not_fit_is_told_before_it_is_loaded(seeing: Seeing, tmp_path: Path, name: str) -> None:
-    import shutil
-
     file, change, says = BROKEN[name]
     folder = tmp_path / "model"
     shutil.copytree(seeing.model, folder)

@@ -120,7 +120,9 @@ def _processor(path: Path, uri: str) -> Any:
         raise ConfigError(f"model.uri: {uri}: the image processor cannot be read: {error}") from error
 
     def process(image: Any) -> Floats:
-        pixels: Floats = np.asarray(processor(image, return_tensors="np")["pixel_values"][0], dtype=np.float32)
+        # Some processors' files do not say that grey or transparent images become RGB, and towers take nothing else.
+        made = processor(image, do_convert_rgb=True, return_tensors="np")
+        pixels: Floats = np.asarray(made["pixel_values"][0], dtype=np.float32)
         return pixels
 
     return process

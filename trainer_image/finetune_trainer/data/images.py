@@ -30,6 +30,8 @@ ARRAYS: dict[str, type[np.generic]] = {
 _INDEX_COLUMNS = 3
 """Of each image: its end in `image_sources`, its end in `image_places`, whether the source is the file's bytes."""
 _VOLUMES_FAULT = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
+_DEEP_MODES = ("I", "F")
+"""Of PIL, with `I;16` and its like: they would be clipped at 255 and become white."""
 Floats = npt.NDArray[np.float32]
 
 
@@ -55,13 +57,18 @@ class Image(NamedTuple):
             process: makes them of a PIL image.
 
         Raises:
-            DataError: it cannot be read or decoded.
+            DataError: it cannot be read or decoded, or has more than 8 bits per channel.
         """
         import PIL.Image
 
         name = self.path or "its bytes"
         try:
             with PIL.Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else name) as image:
+                if image.mode.startswith(_DEEP_MODES):
+                    raise DataError(
+                        f"{self.place}: the image {name} has mode {image.mode}, more than 8 bits per channel; convert it to "
+                        "8 bits per channel"
+                    )
                 return process(image)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
             if isinstance(error, OSError) and error.errno in _VOLUMES_FAULT:
