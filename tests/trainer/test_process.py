@@ -4,8 +4,10 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
+import urllib.request
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, Activity, ProgressReport, TerminationReport
-from finetune_trainer import supervisor
+from finetune_trainer import server, supervisor
 from finetune_trainer.errors import DataError, TrainerError, classify, error_of
 from finetune_trainer.files import write_atomic
 from finetune_trainer.gang import rank_environment
@@ -249,6 +251,21 @@ def test_a_wrong_launch_file_names_the_field(start: StartPod, changes: object, p
     assert pod.report["reason"] == "ConfigError"
     for part in parts:
         assert part in pod.report["message"]
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1"], ids=["every", "one"])
+def test_it_listens_on_both_families_unless_told(host: str) -> None:
+    port = jobs.free_port()
+    has_ipv6 = socket.has_ipv6 and Path("/proc/net/if_inet6").exists() and Path("/proc/net/if_inet6").read_text() != ""
+    with server.bind(port, host) as listener:
+        server.serve(listener, list, 1)
+        for address, listens in (("127.0.0.1", True), ("[::1]", has_ipv6 and not host)):
+            if listens:
+                with urllib.request.urlopen(f"http://{address}:{port}/healthz", timeout=30) as answer:
+                    assert answer.read() == b"ok\n"
+            else:
+                with pytest.raises(OSError, match=r"refused|Cannot assign|not supported"):
+                    urllib.request.urlopen(f"http://{address}:{port}/healthz", timeout=30)
 
 
 def test_an_incomplete_model_is_named(start: StartPod, assets: Assets, tmp_path: Path) -> None:

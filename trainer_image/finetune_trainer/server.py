@@ -16,12 +16,14 @@ States = Callable[[], list[RankState]]
 
 
 def bind(port: int, host: str = "") -> socket.socket:
-    """A listening socket, without `host` on all interfaces.
+    """A listening socket, without `host` on all interfaces, IPv4 and, where the machine has it, IPv6.
 
     Raises:
         ConfigError: the port is taken.
     """
     try:
+        if not host and socket.has_dualstack_ipv6():
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
         return socket.create_server((host, port), backlog=64)
     except OSError as error:
         raise ConfigError(f"httpPort: port {port} cannot be listened on: {error.strerror}") from error
