@@ -90,7 +90,7 @@ HOSTILE = [
     ),
     _call("a shell through posix_spawn", "import os\nos.posix_spawn('/bin/sh', ['sh', '-c', ':'], {})"),
     _call("exec", "import os\nos.execv('/bin/true', ['true'])"),
-    Hostile("memory bomb", "x = []\nwhile True: x.append(bytearray(2**24))", RLIMIT, "MemoryError", control=False),
+    Hostile("memory bomb", "x = []\nwhile True: x.append(bytearray(2**28))", RLIMIT, "MemoryError", control=False),
     Hostile(
         "memory bomb through mmap",
         "import mmap\nx = []\nwhile True: x.append(mmap.mmap(-1, 2**26))",

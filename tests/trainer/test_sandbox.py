@@ -100,7 +100,7 @@ BENIGN = {
     "assert unittest.TextTestRunner().run(unittest.defaultTestLoader.loadTestsFromTestCase(T)).wasSuccessful()",
     "a temporary file": "import tempfile\nwith tempfile.TemporaryFile('w+') as f:\n"
     " f.write('a')\n f.seek(0)\n assert f.read() == 'a'",
-    "files that come and go": "import os\nfor _ in range(3000):\n open('x', 'w').close()\n os.remove('x')",
+    "files that come and go": "import os\nfor _ in range(2000):\n open('x', 'w').close()\n os.remove('x')",
     "the same draw and the same hashes every time": "import random\nassert random.random() == 0.8444218515250481\n"
     "assert hash('a') == HASH",
 }

@@ -4,6 +4,7 @@ The socket is bound before the ranks start, so a taken port is an error at once 
 refused; FastAPI is imported on the server's own thread, beside the ranks' imports.
 """
 
+import errno
 import socket
 import threading
 import time
@@ -23,7 +24,11 @@ def bind(port: int, host: str = "") -> socket.socket:
     """
     try:
         if not host and socket.has_dualstack_ipv6():
-            return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+            try:
+                return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+            except OSError as error:
+                if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # IPv6 is switched off
+                    raise
         return socket.create_server((host, port), backlog=64)
     except OSError as error:
         raise ConfigError(f"httpPort: port {port} cannot be listened on: {error.strerror}") from error
