@@ -112,7 +112,8 @@ def listeners(port: int) -> set[str]:
 
 def test_progress_and_metrics_of_every_rank(start: StartPod) -> None:
     pod = start(numProcPerNode=2, training__microBatchSize=1, training__maxSteps=4000, checkpoint__everySteps=5)
-    pod.wait_for(lambda state: state.step > 6 and state.checkpoints > 0)
+    for rank in range(2):
+        pod.wait_for(lambda state: state.step > 6 and state.last_checkpoint_step is not None, rank=rank)
     report = ProgressReport.model_validate_json(pod.get("/progress"))
     assert report.step > 5 and report.total_steps == 4000 and report.attempt == 1
     assert report.last_checkpoint_step is not None and report.last_checkpoint_step >= 5
