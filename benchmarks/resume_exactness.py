@@ -21,11 +21,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.jobs import weights_digest
 from tests.trainer import tiny
-from tests.trainer.jobs import FULL, Pod, launch, next_attempt
+from tests.trainer.jobs import FULL, QLORA, Pod, launch, next_attempt
 
 PACKED = {"training__packing": True, "training__maxLength": 128}
 COMPILED = {**PACKED, "training__precision": "PureBF16", "training__compile": True}
-QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 MODES: dict[str, dict[str, Any]] = {
     "LoRA, BF16, ZeRO-0": {},
     "LoRA, BF16, packing": PACKED,

@@ -18,6 +18,9 @@ from finetune_trainer.state import RankState, read_state
 
 FULL: dict[str, Any] = {"method": "Full", "adapter": None}
 """Changes of a launch file that train all weights."""
+QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
+HPZ: dict[str, Any] = {"deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
+"""Second parts of ZeRO-3's weights on each node of two ranks."""
 PLAIN_ADAPTER: dict[str, Any] = {"variant": "LoRA", "loraPlusRatio": None}
 
 

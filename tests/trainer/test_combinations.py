@@ -9,7 +9,7 @@ from finetune_trainer.config import read_launch
 from finetune_trainer.errors import ConfigError
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
-from tests.trainer.jobs import FULL
+from tests.trainer.jobs import FULL, HPZ
 
 TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
 CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
@@ -25,7 +25,7 @@ SUBSET: dict[str, dict[str, Any]] = {
         **FULL,
         **TWO,
         "deepspeed__zeroStage": 3,
-        "deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}},
+        **HPZ,
         "training__precision": "PureBF16",
         "training__optimizer": "AdamW8bit",
         "training__activationCheckpointing": "FullOffload",

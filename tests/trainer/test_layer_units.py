@@ -9,7 +9,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 
 from finetune_trainer.layer_units import BUCKET_ELEMENTS, sizes
 from tests.trainer.conftest import StartPod
-from tests.trainer.jobs import FULL, Pod
+from tests.trainer.jobs import FULL, HPZ, Pod
 
 PURE: dict[str, Any] = {"training__precision": "PureBF16"}
 LAST_LAYER = {"trainableLayers": 1, "trainableModules": ["All"], "extraModules": []}
@@ -19,7 +19,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-recomputed": {"training__activationCheckpointing": "Full"},
     "lora-every-second-recomputed": {"training__activationCheckpointing": "SelectiveLayer"},
     "lora-compiled": {"training__compile": True, "training__packing": True},
-    "lora-hpz": {"deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}}},
+    "lora-hpz": HPZ,
     "full": {**FULL, **PURE},
     "full-compiled": {**FULL, **PURE, "training__compile": True, "training__packing": True},
     "last-layer": {**PURE, "method": "Freeze", "adapter": None, "freeze": LAST_LAYER},

@@ -19,9 +19,8 @@ from finetune_trainer.optimizers import build_optimizer
 from finetune_trainer.quirks import tame_deepspeed
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
-from tests.trainer.jobs import FULL
+from tests.trainer.jobs import FULL, QLORA
 
-QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 EIGHT: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 8, "doubleQuantization": True}}
 
 

@@ -27,9 +27,8 @@ from finetune_trainer.report import termination_report
 from finetune_trainer.state import StateWriter, state_path
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
-from tests.trainer.jobs import FULL
+from tests.trainer.jobs import FULL, QLORA
 
-QLORA: dict[str, Any] = {"method": "QLoRA", "quantization": {"bits": 4, "doubleQuantization": True}}
 METRICS = {
     "step": 1,
     "steps": 1,

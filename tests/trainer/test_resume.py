@@ -10,12 +10,11 @@ import pytest
 from finetune_api.reasons import FAILURES, Reason
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
-from tests.trainer.jobs import FULL
+from tests.trainer.jobs import FULL, HPZ
 
 TWO: dict[str, Any] = {"numProcPerNode": 2, "training__microBatchSize": 1}
 CPU: dict[str, Any] = {"deepspeed__offloadOptimizer": "CPU"}
 DROPOUT: dict[str, Any] = {"training__packing": True, "adapter__dropout": 0.1}
-HPZ: dict[str, Any] = {"deepspeed__config": {"zero_optimization": {"zero_hpz_partition_size": 2}}}
 CASES: dict[str, dict[str, Any]] = {
     "lora-zero0-packing-dropout": DROPOUT,
     "lora-zero0-fp32": {"training__precision": "FP32", "adapter__dropout": 0.1},

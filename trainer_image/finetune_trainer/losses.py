@@ -14,6 +14,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 
+from finetune_trainer.trial import trial
+
 IGNORE = -100
 CHUNK_BYTES = 256 * 2**20
 """float32 logits at once. A batch below this is computed in one piece by PyTorch's own functions."""
@@ -184,21 +186,16 @@ def install(
     return fused
 
 
-@torch.no_grad()
 def _returns_what_the_head_returns(
     engine: Any, fused: FusedHead, arguments: dict[str, Any], targets: torch.Tensor
 ) -> bool:
     """Whether nothing happens to the head's output before the model hands it on."""
-    training = engine.training
-    engine.eval()
     try:
-        with torch.compiler.set_stance("force_eager"), fused.computing(targets):
+        with trial(engine), fused.computing(targets):
             output = engine(**arguments).logits
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:
         log.info("cross-entropy: a loss in place of logits does not pass through the model (%s)", error)
         return False
-    finally:
-        engine.train(training)
     return output.numel() == 1 and bool(output.item() == fused.measured[0].item())

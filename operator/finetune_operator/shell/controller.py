@@ -162,9 +162,8 @@ class Controller:
 
     async def _refused(self, entry: Entry, job: FineTuneJob, version: int, error: ApiError) -> None:
         """Says in status what the API server does not accept; a server that does not answer is not worth a word."""
-        applied = getattr(
-            error, "__notes__", None
-        )  # else something could not be deleted: what the status says stays true
+        # Without a note something could not be deleted: what the status says stays true.
+        applied = getattr(error, "__notes__", None)
         if error.transient or isinstance(error, NotFoundError) or not applied:
             return
         kind, _, name = applied[0].partition(" ")

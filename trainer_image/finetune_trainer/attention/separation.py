@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from finetune_trainer.attention.layout import layout_arguments
+from finetune_trainer.trial import trial
 
 BEFORE, AFTER = 6, 3
 """Tokens of a row's first sample, and of the second."""
@@ -17,7 +18,6 @@ EXACT, ROUNDED = 1e-5, 1e-2
 """What may differ in float32 and below, as a share of the largest logit. Nothing does, but for experts that get other tokens."""
 
 
-@torch.no_grad()
 def keeps_apart(engine: Any, vocabulary: int, device: torch.device, *, by_layout: bool) -> bool:
     """Whether the same sample gets the same logits behind two others; all ranks call it.
 
@@ -38,13 +38,8 @@ def keeps_apart(engine: Any, vocabulary: int, device: torch.device, *, by_layout
     if by_layout:
         arguments |= layout_arguments(np.array([BEFORE, AFTER, BEFORE, AFTER]))
     arguments = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in arguments.items()}
-    training = engine.training
-    engine.eval()
-    try:
-        with torch.compiler.set_stance("force_eager"):
-            logits = engine(**arguments, use_cache=False).logits
-    finally:
-        engine.train(training)
+    with trial(engine):
+        logits = engine(**arguments, use_cache=False).logits
     limit = EXACT if logits.dtype == torch.float32 else ROUNDED
     one, other = logits.float()
     # Of most tokens: experts that get other tokens may change one, and padding has no embedding that could change.

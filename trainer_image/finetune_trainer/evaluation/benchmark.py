@@ -165,7 +165,7 @@ class Benchmarks:
             self.stopped = stops > 0
             return unfinished_ranks > 0 and not self.stopped
 
-        said = time.monotonic()
+        said, end_ids = time.monotonic(), self._end_ids(engine)
         for first in range(0, len(batches), self.world.size):
             index = first + self.world.rank
             batch = batches[index] if index < len(batches) else []
@@ -178,7 +178,7 @@ class Benchmarks:
                 self.tokenizer,
                 sampling,
                 device=self.world.device,
-                end_ids=self._end_ids(engine),
+                end_ids=end_ids,
                 go_on=go_on if batch else lambda _: go_on(False),
             )
             if self.stopped:
