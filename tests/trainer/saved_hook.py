@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from deepspeed.runtime.engine import DeepSpeedEngine
 
-from finetune_trainer import kernels
+from finetune_trainer import adapters, kernels
 from finetune_trainer.layer_units import decoder_layers
 
 kernels.compile_layers = partial(kernels.compile_layers, backend="aot_eager_decomp_partition")
@@ -18,7 +18,7 @@ forward = DeepSpeedEngine.forward
 
 
 def forward_and_look(self: Any, *args: Any, **kwargs: Any) -> Any:
-    weights = [p for layer in decoder_layers(kernels.unwrap(self)) for p in layer.parameters() if hasattr(p, "ds_id")]
+    weights = [p for layer in decoder_layers(adapters.unwrap(self)) for p in layer.parameters() if hasattr(p, "ds_id")]
 
     def pack(tensor: torch.Tensor) -> torch.Tensor:
         kept = {tensor.untyped_storage().data_ptr()} if not isinstance(tensor, torch.nn.Parameter) else set()

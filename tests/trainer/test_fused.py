@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_trainer import adapters, lora_linear, losses
 from finetune_trainer import compile as regional
-from finetune_trainer import kernels, lora_linear, losses
 from finetune_trainer.adamw import CompiledAdamW
 from finetune_trainer.inputs import Inputs
 from finetune_trainer.losses import FusedHead, cross_entropy_sum, linear_cross_entropy
@@ -244,7 +244,7 @@ def test_recomputed_layers_compile_as_one_graph_and_compute_the_same(assets: Ass
         graphs.append(graph)
         return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
 
-    assert regional.compile_layers(kernels.unwrap(model), whole=True, backend=compiler) == 2
+    assert regional.compile_layers(adapters.unwrap(model), whole=True, backend=compiler) == 2
     for a, b in zip(gradients(model), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
     assert len(graphs) == 1, "all layers run the same code"

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from finetune_trainer import adapters, lora_linear, model, readahead, versions
 from finetune_trainer import compile as regional
-from finetune_trainer import kernels, lora_linear, model, readahead, versions
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets, StartPod
 
@@ -127,7 +127,7 @@ def test_compiled_code_can_be_cached(assets: Assets) -> None:
         return graph.forward
 
     torch._dynamo.reset()
-    regional.compile_layers(kernels.unwrap(trained), whole=True, backend=compiler)
+    regional.compile_layers(adapters.unwrap(trained), whole=True, backend=compiler)
     trained(input_ids=torch.zeros((1, 8), dtype=torch.int64), use_cache=False).logits.sum().backward()
     assert any("finetune" in target for target in targets), "the operators are part of the graph"
 

@@ -51,6 +51,12 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
     return model
 
 
+def unwrap(model: Any) -> Any:
+    """The causal language model of transformers inside DeepSpeed's engine and peft's model."""
+    inner = getattr(model, "module", model)
+    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
+
+
 def trains_masters(spec: LaunchSpec) -> bool:
     """Whether the weights that are trained are float32 and rounded where they are used, so that DeepSpeed needs no copy.
 

@@ -14,7 +14,9 @@ import torch
 
 from finetune_api.launch import LaunchSpec, PathSource
 from finetune_api.spec import CHAT_TEMPLATES
+from finetune_trainer.adapters import unwrap
 from finetune_trainer.claims import OUTPUT_FILE, output_claim
+from finetune_trainer.data.chat_templates import end_ids
 from finetune_trainer.files import fsync_path, write_json
 from finetune_trainer.shards import whole, write_model
 from finetune_trainer.vision import PROCESSOR_FILES, PROJECTOR, TOWER, part_of
@@ -81,13 +83,10 @@ def set_ends(model: Any, tokenizer: Any, spec: LaunchSpec, end: str | None) -> N
         return
     if spec.model.chat_template in CHAT_TEMPLATES:
         tokenizer.eos_token = end
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
-    config = getattr(base, "generation_config", None)
-    if config is not None:
-        named, new = config.eos_token_id, tokenizer.convert_tokens_to_ids(end)
-        ids = named if isinstance(named, list) else [i for i in (named,) if i is not None]
-        if new not in ids:
-            config.eos_token_id = [*ids, new]
+    config = getattr(unwrap(model), "generation_config", None)
+    new = tokenizer.convert_tokens_to_ids(end)
+    if config is not None and new not in (ids := end_ids(config)):
+        config.eos_token_id = [*ids, new]
 
 
 def _write_weights(model: Any, spec: LaunchSpec, revision: str | None, folder: Path, *, first: bool) -> None:

@@ -77,9 +77,7 @@ class PartitionedParameterCoordinator(Coordinator):  # type: ignore[misc,valid-t
         if parameter.ds_status != ZeroParamStatus.AVAILABLE or parameter.ds_active_sub_modules:
             return
         if parameter.ds_persist:
-            _record_stream(
-                parameter.data
-            )  # which stays until it is gathered again, by a stream that is ahead of this one
+            _record_stream(parameter.data)  # it stays until it is gathered again, by a stream that is ahead of this one
             parameter.ds_status = ZeroParamStatus.NOT_AVAILABLE
         else:
             free_param(parameter)
@@ -122,11 +120,11 @@ class DeepSpeedZeroOptimizer_Stage3(stage3.DeepSpeedZeroOptimizer_Stage3):  # ty
         """Puts this rank's parts of gradients where they are added up; the last rank may have none of a small one."""
         if self.offload_optimizer:
             return super().partition_grads(parameters, partitions)
+        _record_stream(*(parameter.grad for parameter in parameters))
         places = []
         for parameter, partition in zip(parameters, partitions, strict=True):
             place = self.__param_id_to_grad_partition[parameter.ds_id]
             places.append(place.narrow(0, 0, partition.numel()))
-            _record_stream(parameter.grad)
             parameter.grad = None
         if self.micro_step_id == 0:
             torch._foreach_copy_(places, partitions)
@@ -163,10 +161,15 @@ def reduce_scatter(tensors: list[torch.Tensor], group: Any = None) -> list[torch
     return [part[:end] for part, end in zip(parts, ends, strict=True)]
 
 
-def _record_stream(tensor: torch.Tensor) -> None:
-    """What the current stream has yet to do may read it after the host has let go of it: its memory is not reused before."""
-    if tensor.is_cuda:
-        tensor.record_stream(torch.cuda.current_stream())
+def _record_stream(*tensors: torch.Tensor) -> None:
+    """What the current stream has yet to do may read them after the host let go of them: their memory is not reused before.
+
+    All of one device; to ask for its stream takes as long as the rest.
+    """
+    if tensors[0].is_cuda:
+        stream = torch.cuda.current_stream()
+        for tensor in tensors:
+            tensor.record_stream(stream)
 
 
 def install() -> None:

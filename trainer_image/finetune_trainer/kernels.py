@@ -12,6 +12,7 @@ import torch
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Attention, Precision
 from finetune_trainer import liger, lora_linear, losses
+from finetune_trainer.adapters import unwrap
 from finetune_trainer.attention import Choice, choose, keeps_apart, layout_arguments, use
 from finetune_trainer.compile import compile_layers
 from finetune_trainer.errors import ConfigError
@@ -33,12 +34,6 @@ class Kernels:
 
 PLAIN = Kernels(Choice(Attention.SDPA, "nothing chosen"))
 """Of a model that was not prepared."""
-
-
-def unwrap(model: Any) -> Any:
-    """The causal language model of transformers inside DeepSpeed's engine and peft's model."""
-    inner = getattr(model, "module", model)
-    return inner.get_base_model() if hasattr(inner, "get_base_model") else inner
 
 
 def kernels_of(model: Any) -> Kernels:

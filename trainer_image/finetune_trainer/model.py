@@ -13,7 +13,7 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Precision
 from finetune_trainer import vision
 from finetune_trainer.activation_checkpointing import checkpoint_activations
-from finetune_trainer.adapters import add_adapter, freeze
+from finetune_trainer.adapters import add_adapter, freeze, unwrap
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.quantization import device_map, quantization_config
@@ -139,7 +139,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         vision.choose_trained(model, spec.vision or vision.NOTHING_TRAINED)
     checkpoint_activations(model, spec.training.activation_checkpointing, reentrant=spec.deepspeed.zero_stage == 3)
     if sees:
-        vision.prepare(model.get_base_model() if spec.adapter is not None else model)
+        vision.prepare(unwrap(model))
     # from_pretrained leaves the model in eval mode: no dropout, no recomputation. The first evaluation would end that, but a run
     # may have none, and a resumed run has none before its first step.
     model.train()

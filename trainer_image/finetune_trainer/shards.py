@@ -13,9 +13,11 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.adapters import unwrap
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.files import write_json
 from finetune_trainer.tensor_file import Kind, TensorFile
+from finetune_trainer.weights import FILE, INDEX
 
 ADAPTER = "default"
 _LAYER = re.compile(r"^(.+?\.\d+)\.")
@@ -73,7 +75,7 @@ def check_mergeable(model: Any) -> None:
 
 def sources_of(model: Any) -> dict[str, Source]:
     """Every tensor of a transformers model, with its adapters merged in where it has some, by its name in the model."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap(model)
     layers = {name: module for name, module in base.named_modules() if hasattr(module, "get_delta_weight")}
     sources = {}
     for name, parameter in base.named_parameters():
@@ -127,7 +129,7 @@ def _merged(layer: Any) -> torch.Tensor:
 
 def plan_pieces(model: Any) -> list[Piece]:
     """What is made one after the other: single tensors, or whole layers where transformers has fused weights of a layer."""
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap(model)
     sources = sources_of(model)
     converted = _file_names(base, {name: source.kind for name, source in sources.items()})
     groups: dict[str, dict[str, Source]] = {}
@@ -158,7 +160,7 @@ def write_model(model: Any, folder: Path, max_shard_bytes: int, *, first: bool) 
     Raises:
         OSError: on rank 0, after all ranks have done their part.
     """
-    base = model.get_base_model() if hasattr(model, "peft_config") else model
+    base = unwrap(model)
     pieces = plan_pieces(model)
     shards = Shards(folder, {n: k for piece in pieces for n, k in piece.kinds.items()}, max_shard_bytes)
     failure: OSError | None = None
@@ -193,9 +195,7 @@ class Shards:
             parts[-1][name] = kind
             size += kind.size_bytes
         count = len(parts)
-        names = [
-            f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else "model.safetensors" for i in range(count)
-        ]
+        names = [f"model-{i + 1:05d}-of-{count:05d}.safetensors" if count > 1 else FILE for i in range(count)]
         self._parts = dict(zip(names, parts, strict=True))
         self._file_of = {name: file for file, part in self._parts.items() for name in part}
         self._open: dict[str, TensorFile] = {}
@@ -217,4 +217,4 @@ class Shards:
             "total_parameters": sum(kind.num_values for kind in self._kinds.values()),
             "total_size": sum(kind.size_bytes for kind in self._kinds.values()),
         }
-        write_json(self._folder / "model.safetensors.index.json", {"metadata": total, "weight_map": self._file_of})
+        write_json(self._folder / INDEX, {"metadata": total, "weight_map": self._file_of})

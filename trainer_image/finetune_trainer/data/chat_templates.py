@@ -122,6 +122,12 @@ def end_of_turn(tokenizer: Any) -> str | None:
     return max((token for token in tokenizer.get_added_vocab() if rest.startswith(token)), key=len, default=None)
 
 
+def end_ids(generation_config: Any) -> list[int]:
+    """The tokens at which a model's generation configuration says that its answers end; Llama 3 has several."""
+    named = getattr(generation_config, "eos_token_id", None)
+    return list(named) if isinstance(named, list) else [i for i in (named,) if i is not None]
+
+
 def render(tokenizer: Any, turns: list[dict[str, Any]], template: str | None = None) -> str:
     """A conversation without functions as text, or why it is refused; by the tokenizer's own template if none is given."""
     from jinja2 import TemplateError

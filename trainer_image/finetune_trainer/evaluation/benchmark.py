@@ -17,15 +17,15 @@ import torch
 
 from finetune_api.launch import LaunchGeneration
 from finetune_api.spec import BenchmarkName
+from finetune_trainer.adapters import unwrap
 from finetune_trainer.attention import plain_attention
-from finetune_trainer.data.chat_templates import end_of_turn
+from finetune_trainer.data.chat_templates import end_ids, end_of_turn
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.evaluation.generate import Prompt, Sampling, generate
 from finetune_trainer.evaluation.pass_at_k import mean_pass_at_k
 from finetune_trainer.evaluation.problems import FENCE, Problem, is_complete
 from finetune_trainer.evaluation.sandbox import Limits, Sandbox, SandboxError, Verdict, find_protection
-from finetune_trainer.kernels import unwrap
 
 WAIT_SECONDS = 0.05
 AGREE_TOKENS = 8
@@ -192,14 +192,11 @@ class Benchmarks:
                 log.info("benchmarks: %d of %d programs are written", written, len(samples))
 
     def _end_ids(self, engine: Any) -> frozenset[int]:
-        """The tokenizer's end of text, the template's end of a turn, and those that the model's own generation configuration
-        names (Llama 3 has several)."""
-        config = getattr(engine.module, "generation_config", None)
-        named = getattr(config, "eos_token_id", None)
-        ids = named if isinstance(named, list) else [named]
+        """The tokenizer's end of text, the template's end of a turn, and those of the model's own generation configuration."""
+        config = getattr(unwrap(engine), "generation_config", None)
         turn = end_of_turn(self.tokenizer)
-        own = (self.tokenizer.eos_token_id, turn and self.tokenizer.convert_tokens_to_ids(turn))
-        return frozenset(i for i in (*ids, *own) if i is not None)
+        own = (self.tokenizer.eos_token_id, self.tokenizer.convert_tokens_to_ids(turn) if turn else None)
+        return frozenset([*end_ids(config), *(i for i in own if i is not None)])
 
     def _judge(self, sample: _Sample, text: str) -> Verdict:
         problem = list(self.problems.values())[sample.benchmark][sample.problem]

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from finetune_trainer.adapters import unwrap
 from finetune_trainer.data.order import hash64
 from finetune_trainer.evaluation.cache import give_room
 
@@ -124,11 +125,7 @@ def _ends(prompt: Prompt, text: list[int], token: int, tokenizer: Any, end_ids: 
 
 def _cache_keyword(model: Any) -> str:
     """transformers 5 renames `past_key_values` to `cache`, model by model."""
-    while hasattr(model, "module"):
-        model = model.module
-    if hasattr(model, "get_base_model"):
-        model = model.get_base_model()
-    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    return "cache" if "cache" in inspect.signature(unwrap(model).forward).parameters else "past_key_values"
 
 
 def choose(logits: torch.Tensor, seeds: Sequence[tuple[int, ...]], sampling: Sampling) -> list[int]:
