@@ -1,6 +1,7 @@
 """Fused arithmetic against the plain: the head's cross-entropy, LoRA's products, compiled layers, prefetching."""
 
 import copy
+import math
 import threading
 import time
 from collections.abc import Sequence
@@ -197,6 +198,17 @@ def test_adapters_in_place_compute_what_peft_computes(
         torch.testing.assert_close(a, b, rtol=rtol, atol=rtol * float(b.abs().max()))
     with fused.disable_adapter(), plain.disable_adapter(), torch.no_grad():
         assert torch.equal(fused(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+
+
+def test_gradients_of_adapters_do_not_depend_on_what_memory_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    x, inner = torch.randn(5, 8), torch.randn(5, 6)
+    weights, a, b, grads = ([torch.randn(*shape) for _ in range(3)] for shape in ((4, 8), (2, 8), (4, 2), (5, 4)))
+    found = lora_linear._backward(grads, [x], inner, weights, a, b, [0.7] * 3, [], 0, 0, False, True)
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args: new_empty(*args).fill_(math.nan))
+    again = lora_linear._backward(grads, [x], inner, weights, a, b, [0.7] * 3, [], 0, 0, False, True)
+    assert all(torch.equal(one, two) for one, two in zip(found, again, strict=True))
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])

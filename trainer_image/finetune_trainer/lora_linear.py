@@ -77,19 +77,23 @@ def _backward(
 
     `inputs`: of the adapters: x, or with dropout (`dropped`) as each gets it.
     """
-    kind, dtype, at = a[0].dtype, inputs[0].dtype, 0
-    inner_grads, b_grads = [], []
-    for grad, update, scale in zip(grads, b, scales, strict=True):
-        inner_grads.append((grad @ update.to(dtype)).mul_(scale))
-        b_grads.append((grad.t() @ inner[:, at : at + update.shape[1]]).mul_(scale).to(kind))
-        at += update.shape[1]
+    kind, dtype = a[0].dtype, inputs[0].dtype
+    ranks = [m.shape[0] for m in a]
+    inner_grad = inner.new_empty(inner.shape)
+    inner_grads, b_grads = torch.split(inner_grad, ranks, dim=1), []
+    # With beta=0 what was in memory is not read, and the scale costs no operation of its own.
+    for grad, part, update, scale, hidden in zip(
+        grads, inner_grads, b, scales, torch.split(inner, ranks, dim=1), strict=True
+    ):
+        part.addmm_(grad, update.to(dtype), beta=0, alpha=scale)
+        b_grads.append(inner.new_empty(update.shape).addmm_(grad.t(), hidden, beta=0, alpha=scale).to(kind))
     if dropped:
         a_grads = [(grad.t() @ part).to(kind) for grad, part in zip(inner_grads, inputs, strict=True)]
+    elif len(a) == 1:
+        a_grads = [(inner_grad.t() @ inputs[0]).to(kind)]
     else:
-        inner_grad = torch.cat(inner_grads, dim=1) if len(inner_grads) > 1 else inner_grads[0]
-        stacked_grad = inner_grad.t() @ inputs[0]
         # Copies: an operator's results must not share memory. They are a few kilobytes.
-        a_grads = [part.to(kind, copy=True) for part in torch.split(stacked_grad, [m.shape[0] for m in a])]
+        a_grads = [part.to(kind, copy=True) for part in torch.split(inner_grad.t() @ inputs[0], ranks)]
     if not need_x:
         return [part.new_empty(0) for part in _differentiated(inputs, dropped)] + [*a_grads, *b_grads]
     x_grad = grads[0] @ _dense(0, weights, a, b, packing, block, outer_block, dtype)
