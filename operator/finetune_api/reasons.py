@@ -15,6 +15,8 @@ class Recovery(StrEnum):
     """A new attempt from the newest complete checkpoint, counted against `recovery.backoffLimit`."""
     RESTART_UNCOUNTED = "RestartUncounted"
     """A new attempt that is not counted: the platform took the pods away, the job did nothing wrong."""
+    WAIT = "Wait"
+    """Nothing ends: kubelet goes on trying, and so the job waits; only `activeDeadlineSeconds` ends it."""
     FAIL = "Fail"
     """The same would happen again: the job fails at once and says what to change."""
 
@@ -68,7 +70,11 @@ FAILURES: dict[Reason, Failure] = {
         Recovery.RESTART,
         "Lower training.microBatchSize or training.maxLength, set activationCheckpointing: Full, or raise deepspeed.zeroStage.",
     ),
-    Reason.HANG: Failure(82, Recovery.RESTART, "The stacks of all ranks are in the pod's log."),
+    Reason.HANG: Failure(
+        82,
+        Recovery.RESTART,
+        "The stack of the rank that the others waited for is in status.attempts; those of all ranks are in the pod's log.",
+    ),
     Reason.COMMUNICATION_ERROR: Failure(
         83, Recovery.RESTART, "Another rank ended first or the network failed: look at the other pods' reasons."
     ),
@@ -88,7 +94,9 @@ FAILURES: dict[Reason, Failure] = {
         88, Recovery.FAIL, "Correct the field named in the message, then create the job again."
     ),
     Reason.CODE_ERROR: Failure(
-        89, Recovery.FAIL, "An error in the trainer or in the model's code: the traceback is in the pod's log."
+        89,
+        Recovery.FAIL,
+        "An error in the trainer or in the model's code: the traceback is in status.attempts and in the pod's log.",
     ),
     Reason.RANK_KILLED: Failure(
         90, Recovery.RESTART, "A rank was killed by a signal: look for host memory pressure on its node."
@@ -124,18 +132,20 @@ FAILURES: dict[Reason, Failure] = {
         "The node would not take the pod; see kubectl describe node, and restart its device plugin if a GPU is not healthy.",
     ),
     Reason.IMAGE_PULL_FAILED: Failure(
-        None, Recovery.RESTART, "Check trainer.image, the registry and imagePullSecrets of the service account."
+        None, Recovery.WAIT, "Check trainer.image, the registry and imagePullSecrets of the service account."
     ),
     Reason.POD_FAILED: Failure(
         None,
         Recovery.RESTART,
-        "The container ended without a report: see kubectl logs --previous and kubectl describe pod.",
+        "The container ended without a report: the message has the end of its log, if there was one.",
     ),
     Reason.DEADLINE_EXCEEDED: Failure(
         None, Recovery.FAIL, "Raise spec.activeDeadlineSeconds and create the job again: it resumes nothing."
     ),
     Reason.BACKOFF_LIMIT_EXCEEDED: Failure(
-        None, Recovery.FAIL, "Look at status.attempts for the cause of each restart."
+        None,
+        Recovery.FAIL,
+        "Look at status.attempts for the cause of each restart; a job created again begins at step 0.",
     ),
     Reason.SUSPENDED: Failure(
         None, Recovery.RESTART_UNCOUNTED, "Set spec.suspend: false to go on from the last checkpoint."

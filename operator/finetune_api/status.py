@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from finetune_api.base import ApiModel
-from finetune_api.reports import Activity
+from finetune_api.reports import TRACEBACK_LIMIT, Activity
 
 MAX_ATTEMPTS_KEPT = 20
 MAX_METRICS = 24
@@ -59,6 +59,8 @@ class AttemptStatus(ApiModel):
     message: Message | None = None
     pod: Annotated[str, Field(max_length=253)] | None = None
     """The pod that told the reason."""
+    traceback: Annotated[str, Field(max_length=TRACEBACK_LIMIT)] | None = None
+    """Where the rank was that failed, or that the others waited for. The pod and its log go when the next attempt starts."""
     world_size: int | None = None
     """Its ranks."""
     exit_code: int | None = None

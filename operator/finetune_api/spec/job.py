@@ -132,13 +132,15 @@ class FineTuneJobSpec(ApiModel):
     output: OutputSpec
     """Where the result goes."""
     cache: CacheSpec | None = None
-    """Where `hf://` downloads are kept. Absent: each pod downloads into a scratch folder of its own."""
+    """Where downloads, tokenised data and compiled code are kept. Absent: the folder that the operator was given
+    (`trainer.cacheUri` of the chart), else a scratch folder in each pod; `finetune run`: `~/.cache/finetune`."""
     suspend: bool = False
     """True stops the job after a checkpoint and frees its pods; false goes on from there."""
     managed_by: Annotated[str, Field(min_length=1, max_length=63)] = "finetune.dev/finetune-operator"
     """The controller that reconciles this job; any other value than the default makes this operator leave it alone."""
     active_deadline_seconds: Annotated[int, Field(ge=1, le=MAX_SECONDS)] | None = None
-    """The job is Failed when it has been active so long (suspension does not count)."""
+    """The job is Failed when it has been active so long; counted from its start, and anew when it goes on after `suspend`, as for
+    a batch Job."""
     ttl_seconds_after_finished: Annotated[int, Field(ge=0, le=MAX_SECONDS)] | None = None
     """The job and its pods are deleted so long after it finished; checkpoints and output stay."""
     freeze: FreezeSpec | None = None

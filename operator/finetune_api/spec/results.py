@@ -35,7 +35,8 @@ class RecoverySpec(ApiModel):
 
 class OutputSpec(ApiModel):
     uri: VolumeUri
-    """Folder that receives the adapter (LoRA, QLoRA) or the model (Full, Freeze), in Hugging Face layout."""
+    """Folder that receives the adapter (LoRA, QLoRA) or the model (Full, Freeze), in Hugging Face layout: `pvc://claim/path`, or
+    `file:///path` with `finetune run` (in a pod that is the container's own file system, and goes with it)."""
     merge_adapter: bool = False
     """Also write the whole model with the adapter merged into its weights, into the subfolder `merged`. Only for
     `method: LoRA`."""
@@ -81,4 +82,5 @@ class TrackingSpec(ApiModel):
 
 class CacheSpec(ApiModel):
     uri: VolumeUri
-    """Folder for `hf://` downloads, shared by jobs; each file is downloaded once."""
+    """Folder for `hf://` downloads, tokenised data and compiled code, shared by jobs; each file is downloaded once. The code is
+    run, so jobs that share it trust each other."""

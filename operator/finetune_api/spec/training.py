@@ -134,9 +134,9 @@ class TrainingSpec(ApiModel):
     """Gradients are clipped to this norm; 0 switches clipping off."""
     precision: Precision = Precision.BF16
     """BF16: bfloat16 compute with float32 master weights. FP32: float32 throughout. PureBF16: weights, gradients and Adam's
-    moments in bfloat16 only, a quarter of the memory; updates smaller than half a bit of a weight are lost to rounding."""
+    moments in bfloat16 only, half of the memory; updates smaller than half a bit of a weight are lost to rounding."""
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
-    """Full recomputes every layer's activations in the backward pass: less memory, about a fifth slower. FullOffload also
+    """Full recomputes every layer's activations in the backward pass: less memory, a quarter to a third slower. FullOffload also
     keeps the layers' inputs in CPU memory. SelectiveLayer recomputes every second layer. SelectiveOp keeps the results of
     matrix products and attention and recomputes the rest."""
     seed: Annotated[int, Field(ge=0, le=4294967295)] = 42

@@ -49,6 +49,7 @@ def closed(status: FineTuneJobStatus, cause: Cause, now: datetime) -> FineTuneJo
         reason=cause.reason.value,
         message=cause.message[:MESSAGE_LIMIT],
         pod=cause.pod,
+        traceback=cause.traceback or None,
         exit_code=cause.exit_code,
         counted=cause.recovery is Recovery.RESTART,
         end_time=now,

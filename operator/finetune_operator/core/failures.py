@@ -53,6 +53,7 @@ class Cause:
     pod: str | None = None
     exit_code: int | None = None
     time: datetime | None = None
+    traceback: str = ""
 
     @property
     def recovery(self) -> Recovery:
@@ -103,7 +104,9 @@ def pod_cause(pod: ObservedPod) -> Cause | None:
     time = end.finished_at if end else pod.delete_time
     report = parse_report(pod)
     reason, message = _ended(pod, report)
-    return Cause(reason, message, pod=pod.name, exit_code=end.exit_code if end else None, time=time)
+    exit_code = end.exit_code if end else None
+    traceback = report.traceback if report and report.reason is reason else ""
+    return Cause(reason, message, pod=pod.name, exit_code=exit_code, time=time, traceback=traceback)
 
 
 def _going(pod: ObservedPod) -> Cause | None:

@@ -23,7 +23,10 @@ _PULL_PROBLEMS = {
 _RPC_ERROR = re.compile(r"rpc error: code = \w+ desc = ")
 """What kubelet puts before the container runtime's words."""
 _CONTAINER_PROBLEMS = {"CreateContainerConfigError", "CreateContainerError", "RunContainerError"}
-_UNSCHEDULABLE_HINT = "Lower trainer.resourcesPerNode or numNodes, change trainer.nodeSelector, or add nodes."
+_UNSCHEDULABLE_HINT = (
+    "Lower trainer.resourcesPerNode or numNodes, change trainer.nodeSelector or tolerations, or add nodes."
+)
+_CLAIM_HINT = "Create the claim, or correct the pvc:// URI that names it."
 _CONTAINER_HINT = "Check the Secrets and claims that the job names; kubectl describe pod tells more."
 _PODS_HINT = "Often a ResourceQuota, a LimitRange or Pod Security forbids them."
 _BUSY = {
@@ -75,7 +78,8 @@ def _pods(s: Situation, gang: tuple[ObservedPod, ...]) -> View:
         if pod.unschedulable is not None and not pod.scheduled:
             # The scheduler adds what preemption would bring, which changes often and helps nobody here.
             text = pod.unschedulable.partition(" preemption:")[0]
-            return View(State.PENDING, "Unschedulable", f"{sentence(text)} {_UNSCHEDULABLE_HINT}", problem=True)
+            hint = _CLAIM_HINT if "persistentvolumeclaim" in text else _UNSCHEDULABLE_HINT
+            return View(State.PENDING, "Unschedulable", f"{sentence(text)} {hint}", problem=True)
     placed = {pod.index for pod in gang if pod.scheduled}
     up = {pod.index for pod in gang if pod.running or pod.succeeded}
     name = attempt_name(s.job.metadata.name, s.status.attempts[-1].number)
@@ -88,7 +92,9 @@ def _pods(s: Situation, gang: tuple[ObservedPod, ...]) -> View:
         return View(State.PENDING, "Scheduling", text)
     if len(up) < s.num_nodes:
         nodes = ", ".join(sorted({pod.node for pod in gang}))
-        return View(State.STARTING, "ContainersStarting", f"Starting {_count(s.num_nodes)} on {nodes}.")
+        # A Secret that is not there, or a volume that does not mount, is in the pods' events only.
+        tells = f"kubectl describe pods -l batch.kubernetes.io/job-name={name} tells what keeps them"
+        return View(State.STARTING, "ContainersStarting", f"Starting {_count(s.num_nodes)} on {nodes} ({tells}).")
     return _activity(s, gang)
 
 

@@ -87,7 +87,7 @@ class Folder:
     def take(self, manifest: dict[str, Any]) -> FineTuneJob:
         """The job of an admitted manifest, with the identity and the status that it had, or with new ones.
 
-        Active time stands still while nothing runs, as in a suspension, however the earlier run ended.
+        Active time begins anew, as after a suspension, however the earlier run ended.
 
         Raises:
             LocalError: the status was written by another version.

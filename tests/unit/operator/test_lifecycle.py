@@ -55,14 +55,17 @@ def test_start_applies_three_objects_and_no_event() -> None:
         ({"unschedulable": "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. preemption: no", "scheduled": False},
          State.PENDING, "Unschedulable",
          "0/2 nodes are available: 2 Insufficient nvidia.com/gpu. Lower trainer.resourcesPerNode"),
+        ({"unschedulable": 'persistentvolumeclaim "dta" not found', "scheduled": False},
+         State.PENDING, "Unschedulable", '"dta" not found. Create the claim, or correct the pvc:// URI'),
         ({"waiting": Waiting("ErrImagePull", "rpc error: code = NotFound desc = registry/x:1: not found")},
          State.PENDING, "ImagePullFailed", "tune-1-0-abcde: registry/x:1: not found. Check trainer.image"),
         ({"waiting": Waiting("InvalidImageName", "")}, State.PENDING, "ImagePullFailed", "InvalidImageName"),
         ({"waiting": Waiting("CreateContainerConfigError", 'secret "hub" not found')},
          State.PENDING, "CreateContainerConfigError", 'secret "hub" not found'),
-        ({"waiting": Waiting("ContainerCreating", "")}, State.STARTING, "ContainersStarting", "on node-0"),
+        ({"waiting": Waiting("ContainerCreating", "")}, State.STARTING, "ContainersStarting",
+         "on node-0 (kubectl describe pods -l batch.kubernetes.io/job-name=tune-1 tells"),
     ],
-    ids=["unschedulable", "pull", "image-name", "secret", "creating"],
+    ids=["unschedulable", "no-claim", "pull", "image-name", "secret", "creating"],
 )  # fmt: skip
 def test_what_keeps_a_gang_from_running(fields: dict[str, Any], state: State, reason: str, says: str) -> None:
     world = World(make_job())
@@ -173,6 +176,17 @@ def test_out_of_restarts() -> None:
     assert words(world) == (State.FAILED, "BackoffLimitExceeded")
     assert "2 failures, recovery.backoffLimit is 1. The last one, Hang" in (world.job.status.message or "")
     assert world.job.status.restarts == 1
+
+
+def test_where_a_rank_was_is_kept_when_its_pod_has_gone() -> None:
+    world = started()
+    world.set_pod(ended(code=82, message=report(Reason.HANG, traceback='File "loop.py", line 7 in train')))
+    decision = world.step()
+    assert any(isinstance(action, Delete) and action.kind is Kind.JOB for action in decision.actions)
+    world.run_gang(2)
+    world.step()
+    first, second = world.job.status.attempts
+    assert (first.traceback, second.traceback) == ('File "loop.py", line 7 in train', None)
 
 
 @pytest.mark.parametrize("disruption", ["EvictionByEvictionAPI", "DeletionByTaintManager", "PreemptionByScheduler"])

@@ -285,8 +285,8 @@ REFUSED: tuple[Key, ...] = (
         "enable_torch_profiler",
         Kind.BOOL,
         False,
-        "profiles are not written by a job",
-        "`/metrics`: step time, tokens/s and MFU",
+        "a profile goes to a volume, which the file does not name",
+        "`tracking.profiler` in the job",
     ),
     *parts(
         "enable_torch_profiler",
