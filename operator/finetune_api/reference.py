@@ -38,8 +38,9 @@ def failures_page() -> str:
     lines = [
         "# Why an attempt ended, and what follows",
         "",
-        "`Restart` counts against `recovery.backoffLimit`; `RestartUncounted` does not; `Fail` ends the job at once; with `Wait` nothing",
-        "ends, and the job goes on by itself once the cause is gone. [recovery.md](recovery.md#where-the-log-is) says where the log is.",
+        "`Restart` counts against `recovery.backoffLimit`; `RestartUncounted` does not; `Fail` ends the job at once; with `Wait`",
+        "nothing ends, and the job goes on by itself once the cause is gone. See also",
+        "[where the log is](recovery.md#where-the-log-is).",
         "",
         "| reason | exit code | what follows | what to do |",
         "| --- | --- | --- | --- |",

@@ -11,8 +11,8 @@ DATA: tuple[Key, ...] = (
         Kind.TEXT,
         None,
         "model.chatTemplate",
-        "llama2, llama3, codellama, chatml, qwen, mistral, gemma and llava by name; a template that only repeats what the model's tokenizer"
-        " has: the tokenizer's own, with a note; others need `--chat-template`",
+        "llama2, llama3, codellama, chatml, qwen, mistral, gemma and llava by name; a template that only repeats what the model's"
+        " tokenizer has: the tokenizer's own, with a note; others need `--chat-template`",
     ),
     translated("dataset", Kind.NAMES, None, "datasets.train", "names in `dataset_info.json`"),
     translated(
