@@ -18,8 +18,8 @@ HEAD = """\
 # Metrics
 
 Each trainer pod serves its ranks' metrics at `http://POD:8080/metrics` (the container port `http`) while an attempt runs; the
-chart's PodMonitor finds the pods and adds `namespace`, `pod`, `finetunejob`, `attempt` and `node_index`. The operator serves its own
-at its port `http`, `/metrics`.
+chart's PodMonitor finds the pods and adds `namespace`, `pod`, `finetunejob`, `attempt` and `node_index`. The operator serves
+its own at its port `http`, `/metrics`.
 
 ## Trainer
 """

@@ -78,7 +78,7 @@ class TrainerSpec(ApiModel):
     }
 
     image: Annotated[str, Field(min_length=1, max_length=512)] | None = None
-    """Trainer image; absent: the one that the operator was installed with."""
+    """Trainer image; absent: the one last named here, or the operator's when the job first started: a job keeps its image."""
     num_nodes: Annotated[int, Field(ge=1, le=512)] = 1
     """Pods of the gang, spread over Kubernetes nodes."""
     num_proc_per_node: Annotated[int, Field(ge=1, le=16)] = 1

@@ -147,6 +147,8 @@ def _platform(pod: ObservedPod, *, told: bool) -> tuple[Reason, str] | None:
     if pod.disruption is not None:
         reason = _DISRUPTIONS.get(pod.disruption, Reason.EVICTED)
         return reason, pod.message or _where(pod, f"{pod.name} was taken away ({pod.disruption})")
+    if pod.reason == "Evicted":  # no DisruptionTarget: it used more than its own limit of local storage
+        return Reason.POD_FAILED, _where(pod, f"{pod.name}: {pod.message}".rstrip(". "))
     if pod.reason in _POD_REASONS:
         return _POD_REASONS[pod.reason], pod.message or _where(pod, f"{pod.name}: {pod.reason}")
     if pod.terminated is None and (pod.reason in _REJECTIONS or pod.reason.startswith("OutOf")):

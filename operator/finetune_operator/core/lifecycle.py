@@ -66,19 +66,21 @@ def finish(s: Situation, kind: ConditionType, reason: str, message: str) -> Fine
         if is_true(status, other):
             status = put(status, job, now, other, False, reason, "The job has finished.")
     status = put(status, job, now, kind, True, reason, message)
-    return status.model_copy(
+    status = status.model_copy(
         update={
             "state": State.COMPLETE if kind is ConditionType.COMPLETE else State.FAILED,
             "reason": reason,
             "message": message[:MESSAGE_LIMIT],
             "completion_time": now,
-            "observed_generation": job.metadata.generation,
         }
     )
+    return observed_generation(status, job)
 
 
 def observed_generation(status: FineTuneJobStatus, job: FineTuneJob) -> FineTuneJobStatus:
-    """The status with the generation of the spec that it answers to."""
-    if status.observed_generation == job.metadata.generation:
+    """The status with the generation of the spec that it answers to; `kubectl wait` wants it in each condition too."""
+    generation = job.metadata.generation
+    if status.observed_generation == generation:
         return status
-    return status.model_copy(update={"observed_generation": job.metadata.generation})
+    conditions = [c.model_copy(update={"observed_generation": generation}) for c in status.conditions]
+    return status.model_copy(update={"conditions": conditions, "observed_generation": generation})

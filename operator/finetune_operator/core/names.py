@@ -3,6 +3,8 @@
 import re
 from hashlib import sha256
 
+CONTAINER = "trainer"
+"""The trainer's in a pod."""
 LABEL_LIMIT = 63
 _BASE_LIMIT = 52
 """63 for a host name, less `-9999` for the attempt and `-511` for the index (and two to spare)."""

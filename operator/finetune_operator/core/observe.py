@@ -6,6 +6,7 @@ from typing import Any
 
 from finetune_api.job import LABEL_ATTEMPT, LABEL_JOB_NAME, LABEL_JOB_UID
 from finetune_api.reports import ProgressReport
+from finetune_operator.core.names import CONTAINER, attempt_name
 
 ANNOTATION_PREVIOUS_END = "finetune.dev/previous-end"
 """On a child Job: how the attempt before it ended (JSON of AttemptStatus), for an operator that died before it wrote status."""
@@ -129,13 +130,20 @@ def parse_time(text: str | None) -> datetime | None:
 
 
 def parse_owner(body: dict[str, Any]) -> Owner | None:
-    """The FineTuneJob that a child's labels name; None for an object that is not a child."""
+    """The FineTuneJob that a child's labels name; None for an object that is not a child.
+
+    Labels alone make none: a copy of a pod has them too. A Job belongs to the FineTuneJob, and a pod to such a Job.
+    """
     meta = body["metadata"]
     labels = meta.get("labels") or {}
-    uid = labels.get(LABEL_JOB_UID)
-    if not uid or not str(labels.get(LABEL_ATTEMPT, "")).isdecimal():
+    uid, name, attempt = labels.get(LABEL_JOB_UID), labels.get(LABEL_JOB_NAME, ""), str(labels.get(LABEL_ATTEMPT, ""))
+    if not uid or not name or not attempt.isdecimal():
         return None
-    return Owner(namespace=meta["namespace"], name=labels.get(LABEL_JOB_NAME, ""), uid=uid)
+    controller: dict[str, Any] = next(
+        (owner for owner in meta.get("ownerReferences") or [] if owner.get("controller")), {}
+    )
+    of_job = controller.get("kind") == "Job" and controller["name"] == attempt_name(name, int(attempt))
+    return Owner(meta["namespace"], name, uid) if of_job or controller.get("uid") == uid else None
 
 
 def _condition(body: dict[str, Any], *types: str) -> dict[str, Any] | None:
@@ -170,7 +178,10 @@ def parse_pod(body: dict[str, Any]) -> ObservedPod:
     """Reads a pod of a gang."""
     meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
     containers = status.get("containerStatuses") or []
-    state: dict[str, Any] = containers[0].get("state") or {} if containers else {}
+    own: dict[str, Any] = next(
+        (c for c in containers if c.get("name") == CONTAINER), {}
+    )  # others may have been injected beside it
+    state: dict[str, Any] = own.get("state") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     scheduled = conditions.get("PodScheduled") or {}
     disruption = conditions.get("DisruptionTarget") or {}

@@ -16,6 +16,8 @@ class ApiError(Exception):
         """Whether the same request may succeed later without anybody changing anything."""
         # An object whose lists name something twice is answered with 500 (kubernetes#139253).
         wrong = self.message.startswith("failed to create typed patch object")
+        # An admission webhook that is down: it may stay so, and somebody has to know.
+        wrong = wrong or "failed calling webhook" in self.message
         return self.status in (0, 408, 429) or (self.status >= 500 and not wrong)
 
 

@@ -105,6 +105,13 @@ def test_long_names_stay_apart_and_leave_room_for_the_index() -> None:
     assert all(len(f"{name}-511") <= 63 for name in names)
 
 
+def test_a_toleration_of_everything_does_not_wait_for_a_lost_node() -> None:
+    job = make_job(trainer={"tolerations": [{"operator": "Exists"}]})
+    template = build_attempt(job, resolve(job, 1, CONFIG), CONFIG, None).job["spec"]["template"]["spec"]
+    first = next(t for t in template["tolerations"] if t.get("key") in (None, "node.kubernetes.io/unreachable"))
+    assert first["tolerationSeconds"] == CONFIG.node_lost_seconds
+
+
 def test_every_object_belongs_to_the_job_without_blocking_its_deletion() -> None:
     job = make_job()
     objects = build_attempt(job, resolve(job, 1, CONFIG), CONFIG, None)

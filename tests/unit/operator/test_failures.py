@@ -60,9 +60,22 @@ CASES: dict[str, tuple[list[ObservedPod], ObservedJob | None, Reason | None]] = 
         Reason.EVICTED,
     ),
     "node pressure": (
-        [pod(phase="Failed", running=False, reason="Evicted", message="low on memory")],
+        [
+            pod(
+                phase="Failed",
+                running=False,
+                reason="Evicted",
+                message="low on memory",
+                disruption="TerminationByKubelet",
+            )
+        ],
         RUNNING,
         Reason.EVICTED,
+    ),
+    "its own limit of local storage": (
+        [pod(phase="Failed", running=False, reason="Evicted", message="Pod ephemeral local storage usage exceeds")],
+        RUNNING,
+        Reason.POD_FAILED,
     ),
     "preempted": ([pod(delete_time=NOW, disruption="PreemptionByScheduler")], RUNNING, Reason.PREEMPTED),
     "node lost": ([pod(delete_time=NOW, disruption="DeletionByTaintManager")], RUNNING, Reason.NODE_LOST),

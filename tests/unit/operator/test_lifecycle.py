@@ -248,6 +248,64 @@ def test_suspend_and_resume() -> None:
     assert not is_true(world.job.status, ConditionType.SUSPENDED)
 
 
+def test_a_pod_that_never_leaves_does_not_hide_how_to_go_on() -> None:
+    world = started()
+    world.change_spec(suspend=True)
+    decision = world.step()
+    assert decision.requeue_after is not None
+    world.step(decision.requeue_after)
+    assert world.job.status.message == "Set spec.suspend: false to go on from step 30."
+
+
+def test_resumed_while_the_next_attempt_is_waited_for() -> None:
+    world = World(make_job(recovery={"backoffLimit": 9}))
+    world.step()
+    for attempt in (1, 2):
+        world.set_pod(ended(attempt, code=1))
+        world.step()
+    assert words(world) == (State.RESTARTING, "PodFailed")
+    world.change_spec(suspend=True)
+    world.step()
+    world.change_spec(suspend=False)
+    world.step()
+    assert words(world) == (State.RESTARTING, "PodFailed")
+    assert not is_true(world.job.status, ConditionType.SUSPENDED)
+
+
+@pytest.mark.parametrize("end", ["running", "suspended", "complete"])
+def test_conditions_answer_to_the_newest_spec(end: str) -> None:
+    """`kubectl wait` takes one of an older generation for stale."""
+    world = started()
+    if end == "suspended":
+        world.change_spec(suspend=True)
+    elif end == "complete":
+        world.set_pod(ended())
+    world.step()
+    world.change_spec(ttl_seconds_after_finished=1000)
+    world.step()
+    generation = world.job.metadata.generation
+    assert {c.observed_generation for c in world.job.status.conditions} == {generation}
+    assert world.job.status.observed_generation == generation
+
+
+def test_what_is_left_of_an_attempt_makes_room_for_the_next_that_was_refused() -> None:
+    world = started()
+    world.set_pod(ended(code=90, message=report(Reason.RANK_KILLED)))
+    status = refused(world.job.status, "Job", "tune-2", "exceeded quota: count/jobs.batch")
+    world.job = world.job.model_copy(update={"status": status})
+    decision = world.step()
+    assert {(type(a), a.kind) for a in decision.actions} == {
+        (Delete, Kind.JOB),
+        (Delete, Kind.SERVICE),
+        (Delete, Kind.CONFIG_MAP),
+    }
+    assert words(world) == (State.RESTARTING, "RankKilled")
+    assert not is_true(world.job.status, ConditionType.RUNNING)
+    assert (decision.requeue_after, [event.reason for event in decision.events]) == (0, ["RankKilled"])
+    assert launched(world.step())[0].attempt == 2
+    assert [(a.reason, a.counted) for a in world.job.status.attempts] == [("RankKilled", True), (None, None)]
+
+
 def test_a_resume_waits_for_old_pods_but_not_for_ever() -> None:
     world = started()
     world.change_spec(suspend=True)
@@ -437,6 +495,15 @@ def test_the_ttl_deletes_the_job_itself() -> None:
     assert world.step(59).actions == ()
     (action,) = world.step(1).actions
     assert (type(action), action.kind) == (Delete, Kind.FINE_TUNE_JOB)
+
+
+@pytest.mark.parametrize("end", ["failed", "deadline"])
+def test_the_ttl_is_looked_at_when_it_is_over(end: str) -> None:
+    world = started(ttlSecondsAfterFinished=1, activeDeadlineSeconds=100)
+    if end == "failed":
+        world.set_pod(ended(code=87, message=report(Reason.DATA_ERROR)))
+    assert world.step(0 if end == "failed" else 100).requeue_after == 1
+    assert world.job.status.state is State.FAILED
 
 
 def test_pods_that_outlive_a_failed_job_are_removed() -> None:

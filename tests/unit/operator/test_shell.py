@@ -127,12 +127,16 @@ def job_object(version: int, uid: str = "j1", **status: Any) -> dict[str, Any]:
     meta = {
         "name": "tune-1", "namespace": "team", "uid": uid, "resourceVersion": str(version),
         "labels": labels(), "creationTimestamp": "2026-11-24T12:00:00Z",
+        "ownerReferences": [{"kind": "FineTuneJob", "name": "tune", "uid": UID, "controller": True}],
     }  # fmt: skip
     return {"metadata": meta, "spec": {"completions": 1}, "status": status}
 
 
 def pod_object(version: int, **status: Any) -> dict[str, Any]:
-    meta = {"name": "tune-1-0-x", "namespace": "team", "uid": "p1", "resourceVersion": str(version), "labels": labels()}
+    meta = {
+        "name": "tune-1-0-x", "namespace": "team", "uid": "p1", "resourceVersion": str(version), "labels": labels(),
+        "ownerReferences": [{"kind": "Job", "name": "tune-1", "uid": "j1", "controller": True}],
+    }  # fmt: skip
     return {"metadata": meta, "spec": {}, "status": status}
 
 
@@ -182,6 +186,9 @@ def test_what_only_has_the_labels_is_nobodys_child(known: bool) -> None:
     odd_pod["metadata"]["annotations"] = {"batch.kubernetes.io/job-completion-index": "x"}
     del odd_job["spec"]["completions"]
     assert [store.put_pod(odd_pod), store.put_job(odd_job)] == [None, None]
+    copied_pod, copied_job = pod_object(5, phase="Succeeded"), job_object(5)
+    del copied_pod["metadata"]["ownerReferences"], copied_job["metadata"]["ownerReferences"]
+    assert [store.put_pod(copied_pod), store.put_job(copied_job)] == [None, None]
     store.put_pod(elsewhere)
     store.put_finetunejob(job_body())
     entry = store.get(UID)
@@ -222,6 +229,8 @@ def test_what_cannot_be_made_is_in_the_status_and_a_result_stays_what_it_is() ->
     assert patch["reason"] == "ApplyFailed" and "exceeded quota" in patch["message"]
     twice = 'failed to create typed patch object: duplicate entries for key [name="HOME"]'
     assert len(reconciled(ApiError(500, "InternalError", twice))) == 1
+    webhook = 'Internal error occurred: failed calling webhook "policy": connection refused'
+    assert len(reconciled(ApiError(500, "InternalError", webhook))) == 1
     assert reconciled(ApiError(500, "InternalError", "etcd has no leader")) == []
     complete = {
         "state": "Complete",
@@ -287,7 +296,9 @@ def test_a_pod_is_read_from_what_the_api_server_says() -> None:
             {"type": "DisruptionTarget", "status": "True", "reason": "DeletionByTaintManager"},
         ],
         containerStatuses=[
+            {"name": "istio-proxy", "state": {"running": {}}},
             {
+                "name": "trainer",
                 "state": {
                     "terminated": {
                         "exitCode": 90,
@@ -295,8 +306,8 @@ def test_a_pod_is_read_from_what_the_api_server_says() -> None:
                         "message": "{}",
                         "finishedAt": "2026-11-24T12:00:09Z",
                     }
-                }
-            }
+                },
+            },
         ],
     )
     body["metadata"] |= {"deletionTimestamp": "2026-11-24T12:01:00Z", "deletionGracePeriodSeconds": 60}

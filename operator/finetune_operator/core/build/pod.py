@@ -6,12 +6,11 @@ from finetune_api.job import FineTuneJob
 from finetune_api.spec import EnvVarSpec, TrainerSpec
 from finetune_operator.core.build.configmap import LAUNCH_FILE
 from finetune_operator.core.build.metadata import attempt_labels
-from finetune_operator.core.names import attempt_name
+from finetune_operator.core.names import CONTAINER, attempt_name
 from finetune_operator.core.resolve import SCRATCH, Resolved
 from finetune_operator.core.settings import PlanConfig
 from finetune_operator.core.volumes import Mounts
 
-CONTAINER = "trainer"
 LAUNCH_DIR = "/etc/finetune"
 USER_ID = 1000
 _NODE_TAINTS = ("node.kubernetes.io/not-ready", "node.kubernetes.io/unreachable")
@@ -97,7 +96,9 @@ def _tolerations(trainer: TrainerSpec, config: PlanConfig) -> list[dict[str, Any
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": config.node_lost_seconds}
         for key in _NODE_TAINTS
     ]
-    return [*(toleration.to_wire() for toleration in trainer.tolerations), *short]
+    own = {toleration.key for toleration in trainer.tolerations}
+    # The first that matches a taint counts: one for all taints must not make a lost node one that is waited for.
+    return [*(t for t in short if t["key"] not in own), *(t.to_wire() for t in trainer.tolerations)]
 
 
 def _mounts(mounts: Mounts) -> list[dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`spec.activeDeadlineSeconds`: the job is Failed when it has been active so long. Suspension does not count."""
+"""`spec.activeDeadlineSeconds`: the job is Failed when it has been active so long, counted anew after a suspension."""
 
 from datetime import datetime, timedelta
 
@@ -30,4 +30,4 @@ def deadline(s: Situation) -> Plan | None:
     message = f"{text} {FAILURES[reason].hint}"
     status = finish(s.with_status(status), ConditionType.FAILED, reason, message)
     deletes = tuple(Delete(Kind.JOB, c.name, c.uid) for c in s.observed.jobs if not c.deleting)
-    return Plan(status, deletes, (Event("Warning", reason, message),))
+    return Plan(status, deletes, (Event("Warning", reason, message),), s.job.spec.ttl_seconds_after_finished)

@@ -3,11 +3,12 @@
 from datetime import timedelta
 
 from finetune_operator.core.conditions import is_finished
+from finetune_operator.core.lifecycle import observed_generation
 from finetune_operator.core.situation import Action, Delete, Kind, Plan, Situation
 
 
 def finished(s: Situation) -> Plan | None:
-    """The status stays as it is, whatever happens to children or spec."""
+    """The status stays as it is, but for the generation that it has seen, whatever happens to children or spec."""
     if not is_finished(s.job.status):
         return None
     ended = s.job.status.completion_time or s.now
@@ -28,4 +29,4 @@ def finished(s: Situation) -> Plan | None:
                 actions.append(Delete(Kind.JOB, child.name, child.uid))
             else:
                 waits.append(left)
-    return Plan(s.job.status, tuple(actions), requeue_after=min(waits, default=None))
+    return Plan(observed_generation(s.job.status, s.job), tuple(actions), requeue_after=min(waits, default=None))

@@ -7,7 +7,7 @@ from finetune_api.status import MESSAGE_LIMIT, AttemptStatus, ConditionType, Fin
 from finetune_api.words import say_ranks
 from finetune_operator.core.attempts import absorb_reports, current, next_number, restart_delay
 from finetune_operator.core.build import build_attempt
-from finetune_operator.core.conditions import put
+from finetune_operator.core.conditions import is_true, put
 from finetune_operator.core.lifecycle import begin, observed_generation
 from finetune_operator.core.names import attempt_name
 from finetune_operator.core.policies.deadline import deadline_time
@@ -24,7 +24,7 @@ def start(s: Situation, events: tuple[Event, ...] = ()) -> Plan | None:
     s = s.with_status(absorb_reports(s.status, s.observed))  # old pods tell how far they came until they left
     last = current(s.status)
     if last is not None and last.reason == Reason.SUSPENDED:
-        left = _seconds_to_wait_for_old_pods(s, last)
+        left = seconds_to_wait_for_old_pods(s, last)
         if left > 0:
             return _wait_for_old_pods(s, last, left)
         events = (*events, _resumed(s))
@@ -32,7 +32,7 @@ def start(s: Situation, events: tuple[Event, ...] = ()) -> Plan | None:
         delay = restart_delay(s.status, s.config)
         left = s.seconds_until(last.end_time + delay)
         if left > 0:
-            status = _waiting(s, last, round(delay.total_seconds()))
+            status = waiting(s, last, round(delay.total_seconds()))
             end = deadline_time(s)
             return Plan(status, events=events, requeue_after=min(left, s.seconds_until(end)) if end else left)
     return _start(s, last, events)
@@ -72,19 +72,21 @@ def delete_attempt(s: Situation, number: int) -> list[Action]:
     return [*job, Delete(Kind.SERVICE, name), Delete(Kind.CONFIG_MAP, name)]
 
 
-def _waiting(s: Situation, last: AttemptStatus, delay_seconds: int) -> FineTuneJobStatus:
+def waiting(s: Situation, last: AttemptStatus, delay_seconds: int) -> FineTuneJobStatus:
     """Between two attempts."""
     reason = last.reason or ""
     counted, limit = (s.status.counted_restarts or 0) + 1, s.job.spec.recovery.backoff_limit
     count = f"restart {counted} of at most {limit}" if last.counted else "the next attempt"
     message = f"{sentence(last.message or '')} Waiting {duration(delay_seconds)} before {count}."[:MESSAGE_LIMIT]
     status = put(s.status, s.job, s.now, ConditionType.RUNNING, False, reason, message)
+    if is_true(status, ConditionType.SUSPENDED):
+        status = put(status, s.job, s.now, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
     status = put(status, s.job, s.now, ConditionType.RESTARTING, True, reason, message)
     status = status.model_copy(update={"state": State.RESTARTING, "reason": reason, "message": message})
     return observed_generation(status, s.job)
 
 
-def _seconds_to_wait_for_old_pods(s: Situation, last: AttemptStatus) -> float:
+def seconds_to_wait_for_old_pods(s: Situation, last: AttemptStatus) -> float:
     """0 once the pods of a suspended attempt have left, or could have: those on a lost node never do."""
     gone = all(pod.ended for pod in s.observed.gang(last.number))
     if gone or last.end_time is None:
