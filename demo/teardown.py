@@ -4,13 +4,11 @@ import json
 import sys
 from collections.abc import Sequence
 
+from demo import ours
 from demo.commands import CommandError, run
 from demo.kube import Kubectl
 from demo.preflight import cache_dir
-from demo.setup import CRD, NAMESPACE
-
-NAMESPACES = (NAMESPACE, "finetune-e2e", "finetune-observability", "chart-test", "chart-test-team")
-"""All that the demo and the tests make."""
+from demo.setup import NAMESPACE
 
 
 def down(arguments: Sequence[str]) -> int:
@@ -25,7 +23,8 @@ def down(arguments: Sequence[str]) -> int:
         info = json.loads(run([*cluster, "info"], log))
         if info["provider"] == "kubeconfig" and info["running"]:
             binary = run([*cluster, "tool", "kubectl"], log).strip()
-            _clean(Kubectl(binary, info["kubeconfig"], NAMESPACE, log))
+            for kept in ours.remove(Kubectl(binary, info["kubeconfig"], NAMESPACE, log)):
+                print(f"down: kept {kept}")
         run([*cluster, "down", *arguments], log)
         kept = "" if "--purge" in arguments else f"; what was built and downloaded stays in {cache_dir()}"
         print(f"down: nothing of ours runs any more{kept}")
@@ -33,12 +32,3 @@ def down(arguments: Sequence[str]) -> int:
         print(f"failed: {error}\n  log: {log}", file=sys.stderr)
         return 1
     return 0
-
-
-def _clean(kubectl: Kubectl) -> None:
-    """Leaves a cluster that is not ours as it was: no namespace, role or CRD of ours in it."""
-    for namespace in NAMESPACES:
-        kubectl("delete", "namespace", namespace, "--ignore-not-found", "--wait=true")
-    for kind in ("clusterrole", "clusterrolebinding"):
-        kubectl("delete", kind, "-l", "app.kubernetes.io/name=finetune-operator")
-    kubectl("delete", "crd", CRD, "--ignore-not-found")

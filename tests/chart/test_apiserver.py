@@ -9,8 +9,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+from demo import ours
 from tests.chart.helm import NAMESPACE, VALUES, render
-from tests.e2e.cluster import cluster_command
+from tests.e2e.cluster import cluster_command, provider
 from tests.e2e.kube import Kubectl
 
 NAMESPACES = (NAMESPACE, "chart-test-team")
@@ -23,7 +24,7 @@ def kubectl() -> Iterator[Kubectl]:
     kubeconfig = cluster_command("up").strip()
     client = Kubectl(cluster_command("tool", "kubectl").strip(), kubeconfig, NAMESPACE)
     for name in NAMESPACES:
-        client.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name, "labels": RESTRICTED}})
+        ours.make_namespace(client, name, RESTRICTED, provider=provider())
     yield client
     client("delete", "namespace", *NAMESPACES, "--wait=false")
 

@@ -8,19 +8,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from demo.ours import RELEASE
 from tests.e2e.jobs import CLAIM, Job
 from tests.e2e.kube import Kubectl, KubectlError, wait_for
 from tests.e2e.results import Result
 from tests.e2e.volume import TOOLBOX
 
 ROOT = Path(__file__).resolve().parents[2]
-RELEASE = "finetune-operator"
 
 
 def cluster_command(*arguments: str, timeout: float = 900) -> str:
     """Runs `python3 -m cluster ARGUMENTS` and returns its standard output."""
     command = [sys.executable, "-m", "cluster", *arguments]
     return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=timeout, check=True).stdout
+
+
+def provider() -> str:
+    """Where the cluster comes from."""
+    name: str = json.loads(cluster_command("info"))["provider"]
+    return name
 
 
 def kill_rank(kubectl: Kubectl, pod: str, number: int = signal.SIGKILL) -> float:

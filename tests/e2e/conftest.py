@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
-from demo.setup import forget_unfinished
+from demo import ours
+from demo.setup import RESTRICTED, forget_unfinished
 from tests.e2e import volume
-from tests.e2e.cluster import RELEASE, ROOT, Cluster, cluster_command
+from tests.e2e.cluster import RELEASE, ROOT, Cluster, cluster_command, provider
 from tests.e2e.kube import Kubectl
 from tests.e2e.recovery_table import Row, render
 
@@ -21,10 +22,6 @@ NAMESPACE = "finetune-e2e"
 CHART = ROOT / "charts" / "finetune-operator"
 SECTIONS = pytest.StashKey[list[tuple[str, str]]]()
 """Titles and texts that are printed at the end of the run."""
-RESTRICTED = {
-    "pod-security.kubernetes.io/enforce": "restricted",
-    "pod-security.kubernetes.io/enforce-version": "latest",
-}
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +45,7 @@ def images(kubeconfig: str) -> dict[str, str]:
 def kubectl(kubeconfig: str) -> Kubectl:
     """kubectl in the namespace of the tests, which is made or cleaned."""
     client = Kubectl(cluster_command("tool", "kubectl").strip(), kubeconfig, NAMESPACE)
-    client.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": RESTRICTED}})
+    ours.make_namespace(client, NAMESPACE, RESTRICTED, provider=provider())
     return client
 
 
@@ -72,9 +69,10 @@ def _install(helm: str, kubectl: Kubectl, images: dict[str, str]) -> None:
         "fullnameOverride": RELEASE,
         "image": _image(images["operator"]),
         "trainer": {"image": _image(images["trainer"])},
+        "crds": {"install": ours.may_own_crd(kubectl, provider=provider())},
     }
     forget_unfinished(kubectl, RELEASE)
-    # The CRD may be another release's, such as the demo's.
+    # The CRD that it may own may be the demo's.
     options = ["-f", "-", "--take-ownership", "--wait"]
     _run(helm, kubectl, "upgrade", "--install", RELEASE, str(CHART), *options, stdin=json.dumps(values))
 

@@ -7,15 +7,15 @@ from typing import Any
 
 import pytest
 
+from demo import ours
 from demo.setup import forget_unfinished
 from tests.chart import helm
 from tests.e2e import volume
-from tests.e2e.cluster import RELEASE, cluster_command
+from tests.e2e.cluster import RELEASE, cluster_command, provider
 from tests.e2e.kube import Kubectl
 from tests.observability import discovery, prometheus, scrape
 
 NAMESPACE = "finetune-observability"
-CRD = "finetunejobs.finetune.dev"
 INTERVAL = "1s"
 MONITORS = {
     kind: {"enabled": True, "interval": INTERVAL, "scrapeTimeout": INTERVAL}
@@ -28,7 +28,7 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
     """kubectl in a namespace of its own with an operator and a volume."""
     client = Kubectl(cluster_command("tool", "kubectl").strip(), cluster_command("up").strip(), NAMESPACE)
     labels = {"pod-security.kubernetes.io/enforce": "restricted"}
-    client.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": NAMESPACE, "labels": labels}})
+    ours.make_namespace(client, NAMESPACE, labels, provider=provider())
     images = {
         target: cluster_command("image", "build", "--target", target).strip() for target in ("operator", "trainer")
     }
@@ -39,7 +39,7 @@ def kubectl(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Kubectl]:
         "image": _image(images["operator"]),
         "trainer": {"image": _image(images["trainer"])},
         # Another release of the cluster may manage the CRD.
-        "crds": {"install": client("get", "crd", CRD, "--ignore-not-found").strip() == ""},
+        "crds": {"install": client("get", "crd", ours.CRD, "--ignore-not-found").strip() == ""},
     }
     forget_unfinished(client, RELEASE)
     _helm(client, "upgrade", "--install", RELEASE, str(helm.CHART), "-f", "-", "--wait", stdin=json.dumps(values))
