@@ -167,13 +167,17 @@ class Store:
         if entry is not None and job is not None:
             entry.gone.add(job.uid)
 
-    def retain(self, kind: str, seen: set[str], version: int) -> list[str]:
-        """After a full list of `kind` at `version`: drops what was not in it, and returns the uids of changed jobs.
+    def retain(self, kind: str, namespace: str | None, seen: set[str], version: int) -> list[str]:
+        """After a full list of `kind` in one namespace (None: in all) at `version`: drops what was not in it.
+
+        Returns the uids of changed jobs.
 
         Closes the gap that watches have: an object that vanishes while no watch is open leaves no event.
         """
         changed: list[str] = []
         for entry in list(self._entries.values()):
+            if namespace not in (None, entry.namespace):
+                continue
             if kind == "finetunejobs":
                 if entry.body is not None and entry.uid not in seen and entry.version <= version:
                     self.drop_finetunejob(entry.uid)

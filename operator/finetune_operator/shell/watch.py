@@ -1,5 +1,7 @@
 """kopf's part: it watches, and every event only means "look again". No handler of kopf ever writes."""
 
+from collections.abc import Iterator
+from itertools import repeat
 from typing import Any
 
 import kopf
@@ -10,6 +12,17 @@ from finetune_operator.shell.queue import WorkQueue
 from finetune_operator.shell.storage import NoDiffBase, NoProgress
 from finetune_operator.shell.store import Store
 from finetune_operator.shell.sync import Synchronizer
+
+
+class _Forever:
+    """Waits between kopf's attempts, without an end: where they run out kopf ends, and with it the watches of all namespaces.
+
+    A watch that is forbidden in one namespace is tried again until the namespace or its Role is there.
+    """
+
+    def __iter__(self) -> Iterator[float]:
+        yield from (1, 1, 2, 3, 5, 8, 13, 21, 34)
+        yield from repeat(60)
 
 
 def build_settings() -> kopf.OperatorSettings:
@@ -24,6 +37,7 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.label_selectors["batch", "v1", "jobs"] = LABEL_JOB_UID
     settings.watching.label_selectors["", "v1", "pods"] = LABEL_JOB_UID
     settings.networking.request_timeout = 30
+    settings.networking.error_backoffs = _Forever()
     # Without it kopf wants to list and watch namespaces and CRDs.
     settings.scanning.disabled = True
     # A worker is one task for each object; idle ones are only memory.

@@ -265,10 +265,11 @@ def test_a_full_list_finds_what_vanished_without_an_event() -> None:
     store = Store()
     store.put_finetunejob(job_body())
     store.put_pod(pod_object(5))
-    assert store.retain("pods", {"p1"}, 9) == []
-    assert store.retain("pods", set(), 4) == []
-    assert store.retain("pods", set(), 9) == [UID]
-    assert store.retain("finetunejobs", set(), 99) == [UID]
+    assert store.retain("pods", None, {"p1"}, 9) == []
+    assert store.retain("pods", None, set(), 4) == []
+    assert store.retain("pods", "others", set(), 9) == []
+    assert store.retain("pods", "team", set(), 9) == [UID]
+    assert store.retain("finetunejobs", None, set(), 99) == [UID]
     assert len(store) == 0
 
 
