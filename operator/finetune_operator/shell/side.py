@@ -4,8 +4,10 @@ There they neither wait for a busy reconcile loop nor end with kopf's, which can
 """
 
 import asyncio
+import errno
 import logging
 import os
+import socket
 import threading
 from collections.abc import Callable
 
@@ -21,6 +23,21 @@ from finetune_operator.shell.metrics import IS_LEADER
 _LOG = logging.getLogger(__name__)
 EXIT_LEASE_LOST = 1
 STOP_SECONDS = 5.0
+
+
+def bind(port: int) -> socket.socket:
+    """A listening socket on all interfaces, IPv4 and, where the machine has it, IPv6.
+
+    Raises:
+        OSError: the port is taken.
+    """
+    if socket.has_dualstack_ipv6():
+        try:
+            return socket.create_server(("", port), family=socket.AF_INET6, backlog=64, dualstack_ipv6=True)
+        except OSError as error:
+            if error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):  # IPv6 is switched off
+                raise
+    return socket.create_server(("", port), backlog=64)
 
 
 class Side:
@@ -74,10 +91,9 @@ class Side:
 
     async def _run(self) -> None:
         self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
-        server = uvicorn.Server(
-            uvicorn.Config(self._app(), host="0.0.0.0", port=self._config.http_port, log_config=None, access_log=False)
-        )
-        serving = asyncio.create_task(server.serve())
+        listener = bind(self._config.http_port)
+        server = uvicorn.Server(uvicorn.Config(self._app(), log_config=None, access_log=False))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
         electing = asyncio.create_task(self._elect())
         stopping = asyncio.create_task(self._stop.wait())
         done, _ = await asyncio.wait({serving, electing, stopping}, return_when=asyncio.FIRST_COMPLETED)
@@ -91,7 +107,7 @@ class Side:
         for result in results:
             if isinstance(result, Exception):
                 raise result
-        raise RuntimeError(f"the HTTP server ended: is port {self._config.http_port} taken?")
+        raise RuntimeError("the HTTP server ended")
 
     async def _elect(self) -> None:
         lease = self._config.lease
