@@ -2,11 +2,13 @@
 
 A Lease is held for `duration`; its holder renews it every `retry` and gives up (the process ends) when it has not managed to
 for `renew_deadline`, which is shorter. Who waits measures by its own clock how long the Lease has not changed, so clocks need
-not agree. `kubernetes.aio.leaderelection` has no release, and lets a renewal hang beyond the deadline.
+not agree; the holder counts from before it asked, since the answer may come long after the Lease has changed.
+`kubernetes.aio.leaderelection` has no release, and lets a renewal hang beyond the deadline.
 """
 
 import asyncio
 import logging
+import math
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -40,12 +42,12 @@ class Election:
         self._config = config
         self._lease: dict[str, Any] = {}
         self._changed_at = 0.0
-        self._acquired = ""
+        self._renewed_at = 0.0
         self.leading = False
 
     async def acquire(self) -> None:
         """Waits until this replica leads."""
-        while not await self._try():
+        while not await self._try(self._config.renew_deadline_seconds):
             await asyncio.sleep(self._config.retry_seconds)
         self.leading = True
 
@@ -55,16 +57,21 @@ class Election:
         Raises:
             LeaseLostError: another replica may lead from now on.
         """
-        renewed_at = time.monotonic()
         while True:
-            await asyncio.sleep(self._config.retry_seconds)
-            left = renewed_at + self._config.renew_deadline_seconds - time.monotonic()
-            if left <= 0:
-                raise LeaseLostError(f"the Lease was not renewed for {self._config.renew_deadline_seconds} s")
-            if await self._try(timeout_seconds=left):
-                renewed_at = time.monotonic()
-            elif self._holder() not in ("", self._config.identity):
+            await asyncio.sleep(min(self._config.retry_seconds, self._left()))
+            if not await self._try(self._left()) and self._holder() not in ("", self._config.identity):
                 raise LeaseLostError(f"the Lease is held by {self._holder()}")
+
+    def _left(self) -> float:
+        """Seconds until the holder has to give up.
+
+        Raises:
+            LeaseLostError: none are left.
+        """
+        left = self._renewed_at + self._config.renew_deadline_seconds - time.monotonic()
+        if left <= 0:
+            raise LeaseLostError(f"the Lease was not renewed for {self._config.renew_deadline_seconds} s")
+        return left
 
     async def release(self) -> None:
         """Gives the Lease up, so that another replica need not wait for it to run out."""
@@ -81,7 +88,7 @@ class Election:
         except ApiError as error:
             _LOG.warning("the Lease could not be released, it runs out by itself: %s", error)
 
-    async def _try(self, timeout_seconds: float = 5) -> bool:
+    async def _try(self, timeout_seconds: float) -> bool:
         """Takes or renews the Lease; whether it is this replica's now."""
         try:
             if not self.leading:
@@ -89,6 +96,7 @@ class Election:
                 if not self._free():
                     return False
             spec = self._spec()
+            asked_at = time.monotonic()
             if not self._lease:
                 body = {
                     "apiVersion": "coordination.k8s.io/v1",
@@ -109,8 +117,9 @@ class Election:
         except ApiError as error:
             _LOG.warning("Lease %s/%s: %s", self._config.namespace, self._config.name, error)
             if self.leading and error.status in (404, 409):
-                await self._reread(timeout_seconds)
+                await self._reread(self._left())
             return False
+        self._renewed_at = asked_at
         return True
 
     async def _reread(self, timeout_seconds: float) -> None:
@@ -163,7 +172,7 @@ class Election:
         now = _now()
         return {
             "holderIdentity": self._config.identity,
-            "leaseDurationSeconds": max(1, round(self._config.duration_seconds)),
+            "leaseDurationSeconds": math.ceil(self._config.duration_seconds),
             "acquireTime": spec.get("acquireTime") if mine else now,
             "renewTime": now,
             "leaseTransitions": int(spec.get("leaseTransitions") or 0) + (0 if mine else 1),
