@@ -44,6 +44,8 @@ class Election:
         self._changed_at = 0.0
         self._renewed_at = 0.0
         self.leading = False
+        self.standing_by = False
+        """The Lease is somebody else's, and was read: this replica can follow."""
 
     async def acquire(self) -> None:
         """Waits until this replica leads."""
@@ -94,6 +96,7 @@ class Election:
             if not self.leading:
                 await self._read(timeout_seconds)
                 if not self._free():
+                    self.standing_by = True
                     return False
             spec = self._spec()
             asked_at = time.monotonic()

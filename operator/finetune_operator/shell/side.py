@@ -51,7 +51,7 @@ class Side:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
         self._error: BaseException | None = None
-        self._standby = False
+        self._election: Election | None = None
         self.leading = False
         self.synced = False
 
@@ -116,9 +116,8 @@ class Side:
             await asyncio.Event().wait()
             return
         api = Api(await load_configuration(self._config.kubeconfig))
-        election = Election(api, lease)
+        self._election = election = Election(api, lease)
         try:
-            self._standby = True
             await election.acquire()
             _LOG.info("%s leads", lease.identity)
             self._lead()
@@ -149,8 +148,9 @@ class Side:
 
         @app.get("/readyz")
         async def readyz() -> Response:
-            ready = self.synced if self.leading else self._standby
-            return Response("ok\n" if ready else "not synced\n", 200 if ready else 503, media_type="text/plain")
+            standby = self._election is not None and self._election.standing_by
+            ready = self.synced if self.leading else standby
+            return Response("ok\n" if ready else "not ready\n", 200 if ready else 503, media_type="text/plain")
 
         @app.get("/metrics")
         async def metrics() -> Response:

@@ -7,10 +7,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from finetune_operator.config import resolve_config
+from finetune_operator.shell import side as side_module
+from finetune_operator.shell.errors import ApiError
 from finetune_operator.shell.side import Side, bind
 from tests.trainer.jobs import free_port
 
@@ -52,6 +55,38 @@ def status(port: int, path: str, address: str = "127.0.0.1") -> int:
             return code
     except urllib.error.HTTPError as error:
         return error.code
+
+
+class Leases:
+    """The API server, as far as a Lease goes that another replica holds."""
+
+    def __init__(self) -> None:
+        self.allowed = False
+        self.refusals = 0
+
+    async def request(self, *_: Any, **_more: Any) -> dict[str, Any]:
+        if not self.allowed:
+            self.refusals += 1
+            raise ApiError(403, "Forbidden", "cannot get resource leases")
+        return {"metadata": {}, "spec": {"holderIdentity": "two"}}
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def test_a_standby_is_ready_once_it_has_read_the_lease(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_configuration(_: object) -> None:
+        return None
+
+    leases = Leases()
+    monkeypatch.setattr(side_module, "load_configuration", no_configuration)
+    monkeypatch.setattr(side_module, "Api", lambda _: leases)
+    with running("--retry-period", "0.01") as port:
+        assert status(port, "/readyz") == 503
+        wait(lambda: leases.refusals > 1)
+        assert status(port, "/readyz") == 503, "it may not read the Lease"
+        leases.allowed = True
+        wait(lambda: status(port, "/readyz") == 200)
 
 
 def test_it_listens_on_both_families() -> None:
