@@ -251,7 +251,11 @@ class Rendezvous(ApiModel):
 
 
 class LaunchSpec(ApiModel):
-    """The resolved job of one attempt."""
+    """The resolved job of one attempt.
+
+    A job keeps its image when the operator is upgraded, so an older trainer reads it too: it leaves out fields that it does
+    not know. Raise `schema_version`, which it refuses, when a new field changes what is computed.
+    """
 
     schema_version: Literal[1] = 1
     job: JobIdentity

@@ -236,7 +236,7 @@ def test_the_watchdog_of_nccl_is_told_from_a_kill(tmp_path: Path) -> None:
 
 WRONG_LAUNCH = {
     "no-json": ("{", ["not a launch file"]),
-    "unknown-field": ({"colour": "red"}, ["colour"]),
+    "wrong-value": ({"training__seed": "red"}, ["training.seed"]),
     "contradiction": ({"training__globalBatchSize": 5}, ["training.globalBatchSize", "got 5"]),
     "no-model": ({"model__source": {"kind": "Path", "path": "/none"}}, ["model.uri", "/none"]),
     "too-long": ({"training__maxLength": 129}, ["training.maxLength", "129", "128 positions"]),

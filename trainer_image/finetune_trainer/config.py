@@ -4,6 +4,8 @@ Owns the way from the file to a `LaunchSpec` and the fingerprint that tells whet
 no environment.
 """
 
+import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +15,26 @@ from finetune_api.combinations import Combination, check
 from finetune_api.launch import LaunchSpec
 from finetune_trainer.errors import ConfigError
 
+log = logging.getLogger("finetune_trainer")
 OWN_BLOCKS = {"adapter": ("LoRA", "QLoRA"), "freeze": ("Freeze",), "quantization": ("QLoRA",)}
 """Blocks that belong to some methods."""
 OF_RANKS = ("trainer.numNodes x numProcPerNode", "training.gradientAccumulationSteps")
 """Entries of older checkpoints' fingerprints that follow from the number of ranks, which may change."""
 
 
-def read_launch(path: Path) -> LaunchSpec:
+def read_launch(path: Path, *, warn: bool = True) -> LaunchSpec:
     """Reads and checks a launch file.
 
+    A job keeps its image when the operator is upgraded, so the file may have fields that this trainer does not know yet. They
+    change nothing that it computes (else the schema's version would be another), and are left out.
+
+    Args:
+        path: the file.
+        warn: whether to name in the log what is left out.
+
     Raises:
-        ConfigError: the file is missing, is no JSON, does not fit the schema, or its numbers contradict each other.
+        ConfigError: the file is missing, is no JSON, does not fit the schema or is of another version of it, or its numbers
+            contradict each other.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -32,12 +43,52 @@ def read_launch(path: Path) -> LaunchSpec:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: the launch file is not UTF-8 text: {error}") from error
     try:
-        spec = LaunchSpec.model_validate_json(text)
+        data = json.loads(text)
+    except ValueError as error:
+        raise ConfigError(f"{path}: not a launch file: {error}") from error
+    _check_version(path, data)
+    unknown = _leave_out_unknown(data)
+    if unknown and warn:
+        log.warning("%s: this image does not know, and leaves out: %s", path, ", ".join(unknown))
+    try:
+        spec = LaunchSpec.model_validate_json(json.dumps(data))
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc'])) or 'file'}: {e['msg']}" for e in error.errors()[:5]]
         raise ConfigError(f"{path}: not a launch file of this version: " + "; ".join(lines)) from error
     _check(spec)
     return spec
+
+
+def _check_version(path: Path, data: Any) -> None:
+    own: int = LaunchSpec.model_fields["schema_version"].default
+    given = data.get("schemaVersion", own) if isinstance(data, dict) else own
+    if isinstance(given, int) and given != own:
+        raise ConfigError(
+            f"{path}: schemaVersion: this image reads {own}, got {given}: the image is too {'old' if given > own else 'new'} for "
+            "the operator that wrote it; suspend the job, set spec.trainer.image to one of the operator's version, and resume it"
+        )
+
+
+def _leave_out_unknown(data: Any) -> list[str]:
+    """Takes fields that the schema does not know out of `data`, and returns their paths."""
+    try:
+        LaunchSpec.model_validate(data)
+    except ValidationError as error:
+        unknown = [found["loc"] for found in error.errors() if found["type"] == "extra_forbidden"]
+        return [_take_out(data, location) for location in unknown]
+    return []
+
+
+def _take_out(data: Any, location: tuple[int | str, ...]) -> str:
+    *parents, name = location
+    path: list[int | str] = []
+    for key in parents:
+        # Where a field has one of several forms the location names the form as well, which is no key.
+        if not isinstance(data, dict) or key in data:
+            data = data[key]
+            path.append(key)
+    del data[name]
+    return ".".join(map(str, [*path, name]))
 
 
 def _check(spec: LaunchSpec) -> None:

@@ -89,7 +89,7 @@ def main(arguments: list[str]) -> int:
     faulthandler.register(signal.SIGUSR1, file=stack_path(scratch, rank).open("a"), all_threads=True)
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # no rank outlives its supervisor
     setup_logging(rank)
-    spec = read_launch(launch_file)
+    spec = read_launch(launch_file, warn=False)  # the supervisor has
     status = StateWriter(scratch, rank, spec.attempt)
     status.beat()
     gc.disable()  # until `import_libraries` is through
