@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import math
 import time
 
 import aiohttp
@@ -16,6 +17,7 @@ from finetune_operator.shell.store import Entry, Store
 _LOG = logging.getLogger(__name__)
 TIMEOUT_SECONDS = 2.0
 CONCURRENCY = 16
+"""Polls at the same time, and as many again of pods that did not answer last time: each takes the whole timeout."""
 TICK_SECONDS = 0.25
 STARTING_INTERVAL_SECONDS = 1.0
 """Between polls of a job that has not begun to train."""
@@ -30,25 +32,35 @@ class Poller:
         self._queue = queue
         self._interval = interval_seconds
         self._port = port
+        self._answering, self._silent = asyncio.Semaphore(CONCURRENCY), asyncio.Semaphore(CONCURRENCY)
 
     async def run(self) -> None:
         """Polls until it is cancelled."""
         timeout = aiohttp.ClientTimeout(total=TIMEOUT_SECONDS)
         # Pods are asked directly, whatever proxy the environment names, and each seldom: no connection is kept.
-        connector = aiohttp.TCPConnector(limit=CONCURRENCY, force_close=True)
-        async with aiohttp.ClientSession(timeout=timeout, trust_env=False, connector=connector) as session:
+        connector = aiohttp.TCPConnector(limit=0, force_close=True)
+        async with (
+            aiohttp.ClientSession(timeout=timeout, trust_env=False, connector=connector) as session,
+            asyncio.TaskGroup() as group,
+        ):
             while True:
                 now = time.monotonic()
-                due = [
-                    (entry, pod) for entry in self._store if entry.poll_at <= now and (pod := entry.rank0()) is not None
-                ]
-                for start in range(0, len(due), CONCURRENCY):
-                    async with asyncio.TaskGroup() as group:
-                        for entry, pod in due[start : start + CONCURRENCY]:
-                            group.create_task(self._poll(session, entry, pod))
+                for entry in self._store:
+                    if entry.poll_at <= now and entry.rank0() is not None:
+                        entry.poll_at = math.inf  # until this poll has ended
+                        group.create_task(self._poll_in_turn(session, entry))
                 await asyncio.sleep(TICK_SECONDS)
 
+    async def _poll_in_turn(self, session: aiohttp.ClientSession, entry: Entry) -> None:
+        async with self._silent if entry.silent else self._answering:
+            pod = entry.rank0()
+            if pod is None:
+                entry.poll_at = time.monotonic()
+            else:
+                await self._poll(session, entry, pod)
+
     async def _poll(self, session: aiohttp.ClientSession, entry: Entry, pod: ObservedPod) -> None:
+        entry.silent = False
         host = f"[{pod.ip}]" if ":" in pod.ip else pod.ip
         try:
             async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response:
@@ -57,6 +69,7 @@ class Poller:
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             # Usual while the trainer starts and ends.
             POLLS.labels("unreachable").inc()
+            entry.silent = isinstance(error, TimeoutError)
             _LOG.debug("%s/%s: no progress from %s: %s", entry.namespace, entry.name, pod.ip, error)
         except ValidationError as error:
             POLLS.labels("unreadable").inc()
@@ -68,6 +81,5 @@ class Poller:
                 self._queue.add(entry.uid)
         known = entry.progress
         starting = known is None or known.attempt != pod.attempt or known.activity is Activity.LOADING
-        entry.poll_at = time.monotonic() + (
-            min(STARTING_INTERVAL_SECONDS, self._interval) if starting else self._interval
-        )
+        soon = starting and not entry.silent
+        entry.poll_at = time.monotonic() + (min(STARTING_INTERVAL_SECONDS, self._interval) if soon else self._interval)

@@ -47,6 +47,8 @@ class Entry:
     progress: ProgressReport | None = None
     poll_at: float = 0.0
     """When to ask for progress next, on the monotonic clock."""
+    silent: bool = False
+    """The last poll was not answered in time."""
     may_run: bool = False
     """A pod has been running: spares the poller a look at the pods of the many jobs that wait."""
     gone: set[str] = field(default_factory=set)
