@@ -65,7 +65,7 @@ class Poller:
         try:
             async with session.get(f"http://{host}:{self._port}/progress", allow_redirects=False) as response:
                 response.raise_for_status()
-                report = ProgressReport.model_validate_json(await response.content.read(_SIZE_LIMIT))
+                report = ProgressReport.model_validate_json(await _read(response))
         except (TimeoutError, aiohttp.ClientError, OSError) as error:
             # Usual while the trainer starts and ends.
             POLLS.labels("unreachable").inc()
@@ -83,3 +83,13 @@ class Poller:
         starting = known is None or known.attempt != pod.attempt or known.activity is Activity.LOADING
         soon = starting and not entry.silent
         entry.poll_at = time.monotonic() + (min(STARTING_INTERVAL_SECONDS, self._interval) if soon else self._interval)
+
+
+async def _read(response: aiohttp.ClientResponse) -> bytes:
+    """The body, or as much of it as anybody may send."""
+    body = bytearray()
+    async for part in response.content.iter_any():
+        body += part
+        if len(body) > _SIZE_LIMIT:
+            break
+    return bytes(body)

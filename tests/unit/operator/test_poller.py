@@ -113,3 +113,30 @@ def test_who_does_not_answer_is_asked_again_after_the_whole_interval(monkeypatch
         assert not refusing.silent and refusing.poll_at - begun < 3000, "its trainer starts: it costs nothing to ask"
 
     run(scenario())
+
+
+@pytest.mark.parametrize("parts", [(), (10,), (10, 60)])
+def test_an_answer_in_parts_is_read_whole(parts: tuple[int, ...]) -> None:
+    async def scenario() -> None:
+        pods = Pods(interval_seconds=3600)
+        entry = await pods.add(saying(report(7), *parts))
+        await pods.poll(lambda: 0 < entry.poll_at < float("inf"))
+        assert entry.progress is not None and entry.progress.step == 7
+
+    run(scenario())
+
+
+def test_an_answer_without_an_end_is_given_up() -> None:
+    async def endless(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"HTTP/1.1 200 OK\r\n\r\n")
+        while not writer.is_closing():
+            writer.write(b" " * 4096)
+            await writer.drain()
+
+    async def scenario() -> None:
+        pods = Pods()
+        entry = await pods.add(endless)
+        await pods.poll(lambda: pods.asked[entry.uid] > 1)
+        assert entry.progress is None and not entry.silent
+
+    run(scenario())
