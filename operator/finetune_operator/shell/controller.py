@@ -35,12 +35,13 @@ class Controller:
         self._recorder = recorder
         self._config = config
         self._unreadable: dict[str, int] = {}
+        # At the time of a scrape: workers that all wait for the API server take nothing and would tell nothing.
+        metrics.QUEUE_DEPTH.set_function(lambda: len(queue))
 
     async def work(self) -> None:
         """One worker: runs until it is cancelled."""
         while True:
             uid = await self._queue.get()
-            metrics.QUEUE_DEPTH.set(len(self._queue))
             started = time.perf_counter()
             try:
                 result = await self._reconcile(uid)

@@ -4,6 +4,7 @@ import asyncio
 from typing import Any
 
 import pytest
+from prometheus_client import REGISTRY
 
 from finetune_operator.config import resolve_config
 from finetune_operator.core.observe import parse_pod
@@ -241,6 +242,14 @@ def test_what_cannot_be_made_is_in_the_status_and_a_result_stays_what_it_is() ->
         ],
     }  # fmt: skip
     assert reconciled(ApiError(403, "Forbidden", "nothing may be deleted"), complete) == []
+
+
+def test_the_depth_of_the_queue_is_that_of_the_scrape() -> None:
+    queue, api = WorkQueue(), FakeApi(ApiError(500, "", ""))
+    Controller(api, Store(), queue, EventRecorder(api, "test"), CONFIG)  # type: ignore[arg-type]
+    for depth, key in enumerate("abc", start=1):
+        queue.add(key)
+        assert REGISTRY.get_sample_value("finetune_operator_queue_depth") == depth
 
 
 def test_an_event_that_has_expired_is_written_anew() -> None:
