@@ -119,9 +119,9 @@ class Controller:
             raise
         if action.kind is Kind.JOB:
             self._store.put_job(body)
-            if entry.seen_at:
-                metrics.CHILDREN_SECONDS.observe(time.monotonic() - entry.seen_at)
-                entry.seen_at = 0.0
+            if entry.new_since is not None:
+                metrics.CHILDREN_SECONDS.observe(time.monotonic() - entry.new_since)
+                entry.new_since = None
 
     async def _delete(self, entry: Entry, action: Delete) -> None:
         try:

@@ -40,8 +40,8 @@ class Entry:
     """The FineTuneJob as JSON; None while only children of it are known."""
     version: int = 0
     state: str = UNKNOWN_STATE
-    seen_at: float = 0.0
-    """When it was first seen, on the monotonic clock."""
+    new_since: float | None = None
+    """When the event of its creation came, on the monotonic clock; None: nobody waits for its first child Job, or not for us."""
     jobs: dict[str, ObservedJob] = field(default_factory=dict)
     pods: dict[str, ObservedPod] = field(default_factory=dict)
     progress: ProgressReport | None = None
@@ -82,25 +82,32 @@ class Store:
     def get(self, uid: str) -> Entry | None:
         return self._entries.get(uid)
 
-    def put_finetunejob(self, body: dict[str, Any]) -> str | None:
-        """Takes over a FineTuneJob; returns its uid if that is news."""
+    def put_finetunejob(self, body: dict[str, Any], *, created: bool = False) -> str | None:
+        """Takes over a FineTuneJob; returns its uid if that is news.
+
+        Args:
+            body: the job.
+            created: whether this is the event of its creation; one that a list brings may be of any age.
+        """
         meta = body["metadata"]
         entry = self._entry(Owner(meta["namespace"], meta["name"], meta["uid"]))
         version = int(meta["resourceVersion"])
         if version <= entry.version:
             return None
-        status = body.get("status") or {}
+        spec, status = body.get("spec") or {}, body.get("status") or {}
         trimmed = {
             "apiVersion": API_VERSION,
             "kind": KIND,
             "metadata": {key: meta[key] for key in _META if key in meta},
-            "spec": body.get("spec") or {},
+            "spec": spec,
             "status": status,
         }
         if entry.body is None:
-            entry.seen_at = time.monotonic()
+            entry.new_since = time.monotonic() if created else None
             if entry.namespace != meta["namespace"]:
                 entry.jobs, entry.pods = {}, {}
+        if spec.get("suspend") or status.get("attempts"):
+            entry.new_since = None
         entry.body = json.dumps(trimmed, separators=(",", ":")).encode()
         entry.version = version
         entry.namespace, entry.name = meta["namespace"], meta["name"]

@@ -67,9 +67,10 @@ def build_registry(
             store.drop_finetunejob(uid)
             queue.add(uid)
         else:
-            uid = store.put_finetunejob(body)
+            created = event["type"] == "ADDED"
+            uid = store.put_finetunejob(body, created=created)
             if uid is not None:
-                queue.add(uid, urgent=event["type"] == "ADDED")
+                queue.add(uid, urgent=created)
 
     async def job(event: kopf.RawEvent, **_: Any) -> None:
         _note(event, synchronizer)

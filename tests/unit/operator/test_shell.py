@@ -8,7 +8,7 @@ from prometheus_client import REGISTRY
 
 from finetune_operator.config import resolve_config
 from finetune_operator.core.observe import parse_pod
-from finetune_operator.core.situation import Event
+from finetune_operator.core.situation import Apply, Event, Kind
 from finetune_operator.shell.controller import Controller
 from finetune_operator.shell.election import Election, LeaseConfig, LeaseLostError
 from finetune_operator.shell.errors import ApiError, ConflictError, NotFoundError
@@ -17,6 +17,8 @@ from finetune_operator.shell.patch import merge_patch
 from finetune_operator.shell.queue import WorkQueue
 from finetune_operator.shell.store import Entry, Store
 from tests.unit.operator.samples import CONFIG, UID, job_body
+
+CHILDREN_COUNT = "finetune_operator_children_seconds_count"
 
 
 def run(coroutine: Any) -> Any:
@@ -250,6 +252,32 @@ def test_the_depth_of_the_queue_is_that_of_the_scrape() -> None:
     for depth, key in enumerate("abc", start=1):
         queue.add(key)
         assert REGISTRY.get_sample_value("finetune_operator_queue_depth") == depth
+
+
+def test_only_new_jobs_count_in_the_time_until_children() -> None:
+    class Applies(FakeApi):
+        async def apply(self, *_: Any) -> dict[str, Any]:
+            return job_object(9)
+
+    def counted(*puts: tuple[dict[str, Any], bool]) -> float:
+        """How many measurements two child Jobs bring, after these versions of the job."""
+        store, api = Store(), Applies(ApiError(500, "", ""))
+        for version, (body, created) in enumerate(puts, start=1):
+            body["metadata"]["resourceVersion"] = str(version)
+            store.put_finetunejob(body, created=created)
+        controller = Controller(api, store, WorkQueue(), EventRecorder(api, "test"), CONFIG)  # type: ignore[arg-type]
+        before = REGISTRY.get_sample_value(CHILDREN_COUNT) or 0.0
+        for attempt in (1, 2):
+            run(controller._apply(store.get(UID), Apply(Kind.JOB, f"tune-{attempt}", {})))  # type: ignore[arg-type]
+        return (REGISTRY.get_sample_value(CHILDREN_COUNT) or 0.0) - before
+
+    tried = {"status": {"attempts": [{"number": 1}]}}
+    assert counted((job_body(), True)) == 1
+    assert counted((job_body(), True), ({**job_body(), "status": {"state": "Pending"}}, False)) == 1
+    assert counted((job_body(), False)) == 0, "it was listed: an operator that restarts did not make it wait"
+    assert counted((job_body(suspend=True), True), (job_body(), False)) == 0
+    assert counted((job_body(), True), (job_body(suspend=True), False), (job_body(), False)) == 0
+    assert counted(({**job_body(), **tried}, True)) == 0
 
 
 def test_an_event_that_has_expired_is_written_anew() -> None:
