@@ -116,6 +116,23 @@ def test_a_role_in_each_watched_namespace() -> None:
     assert {name for rule in in_ops["rules"] for name in rule["resources"]} == {"leases"}
 
 
+def test_a_namespace_may_look_like_a_number() -> None:
+    switches = "networkPolicy.enabled=true,metrics.serviceMonitor.enabled=true,metrics.podMonitor.enabled=true"
+    objects = render("--set-json", 'watchNamespaces=["2024"]', "--set", switches, namespace="2025")
+    places = {body["metadata"]["namespace"] for body in objects if "namespace" in body["metadata"]}
+    assert places == {"2024", "2025"}
+    subjects = [subject["namespace"] for body in objects for subject in body.get("subjects", [])]
+    assert set(subjects) == {"2025"}
+    selectors = [
+        body["spec"]["namespaceSelector"]["matchNames"] for body in objects if body["kind"].endswith("Monitor")
+    ]
+    assert sorted(selectors) == [["2024"], ["2025"]]
+    policies = [body for body in objects if body["kind"] == "NetworkPolicy"]
+    trainers = one(policies, "NetworkPolicy", "finetune-operator-trainers")
+    allowed = trainers["spec"]["ingress"][1]["from"][0]["namespaceSelector"]["matchLabels"]
+    assert allowed == {"kubernetes.io/metadata.name": "2025"}
+
+
 def test_kubernetes_own_roles_include_jobs() -> None:
     objects = render()
     viewer = one(objects, "ClusterRole", "chart-test:finetune-operator:viewer")
