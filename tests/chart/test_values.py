@@ -24,6 +24,8 @@ REFUSED = {
     "digest": ("image.digest=latest", "/image/digest"),
     "cache that is no volume": ("trainer.cacheUri=s3://bucket", "/trainer/cacheUri"),
     "port": ("metrics.service.port=0", "/metrics/service/port"),
+    "no ports, which would be all": ("networkPolicy.apiServerPorts=[]", "/networkPolicy/apiServerPorts"),
+    "ports without a value": ("networkPolicy.apiServerPorts=null", "apiServerPorts"),
     "interval": ("metrics.podMonitor.interval=fast", "/metrics/podMonitor/interval"),
     "empty repository": ("image.repository=", "/image/repository"),
     "monitor without its service": (
@@ -35,7 +37,8 @@ REFUSED = {
 
 @pytest.mark.parametrize(("setting", "named"), REFUSED.values(), ids=REFUSED.keys())
 def test_refused_by_name(setting: str, named: str) -> None:
-    done = helm.run("template", "finetune-operator", str(CHART), "--set", setting)
+    option = "--set-json" if setting.endswith("[]") else "--set"
+    done = helm.run("template", "finetune-operator", str(CHART), option, setting)
     assert done.returncode != 0
     assert named in done.stderr
 
