@@ -24,7 +24,7 @@ from finetune_trainer.errors import DataError, TrainerError, classify, error_of
 from finetune_trainer.files import write_atomic
 from finetune_trainer.gang import rank_environment
 from finetune_trainer.report import termination_report
-from finetune_trainer.state import StateWriter, state_path
+from finetune_trainer.state import RankState, StateWriter, state_path
 from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 from tests.trainer.jobs import FULL, QLORA
@@ -266,6 +266,24 @@ def test_it_listens_on_both_families_unless_told(host: str) -> None:
             else:
                 with pytest.raises(OSError, match=r"refused|Cannot assign|not supported"):
                     urllib.request.urlopen(f"http://{address}:{port}/healthz", timeout=30)
+
+
+def test_before_the_first_heartbeat_it_is_loading_and_has_no_samples() -> None:
+    """A pod of a gang that is not the first one must not say that it is rank 0."""
+    port, states = jobs.free_port(), list[RankState]()
+
+    def get(path: str) -> str:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=30) as answer:
+            text: str = answer.read().decode()
+            return text
+
+    with server.bind(port, "127.0.0.1") as listener:
+        server.serve(listener, lambda: states, 2)
+        progress = json.loads(get("/progress"))
+        assert (progress["attempt"], progress["activity"]) == (2, "Loading")
+        assert "rank=" not in get("/metrics")
+        states.append(RankState(rank=5, attempt=2, heartbeat_time=1.0))
+        assert 'finetune_attempt{rank="5"} 2.0' in get("/metrics")
 
 
 def test_an_incomplete_model_is_named(start: StartPod, assets: Assets, tmp_path: Path) -> None:

@@ -51,11 +51,14 @@ def _run(listener: socket.socket, states: States, attempt: int) -> None:
     started = time.time()
     app = FastAPI(title="finetune-trainer", docs_url=None, redoc_url=None, openapi_url=None)
     registry = CollectorRegistry()
-    registry.register(RankCollector(lambda: _or_loading(states(), attempt, started)))
+    # Before the first heartbeat nothing: a sample would need a rank, and which ranks are this pod's is not known here.
+    registry.register(RankCollector(states))
 
     @app.get("/progress")
     async def progress() -> Response:
-        report = progress_report(_or_loading(states(), attempt, started)[0])
+        # Before the first heartbeat the ranks are importing: that is `Loading`. Only rank 0's pod is asked.
+        state = next(iter(states()), RankState(rank=0, attempt=attempt, heartbeat_time=started))
+        report = progress_report(state)
         return Response(report.to_json(), media_type="application/json")
 
     @app.get("/metrics")
@@ -68,8 +71,3 @@ def _run(listener: socket.socket, states: States, attempt: int) -> None:
 
     config = uvicorn.Config(app, log_level="warning", access_log=False, lifespan="off")
     uvicorn.Server(config).run(sockets=[listener])
-
-
-def _or_loading(states: list[RankState], attempt: int, started: float) -> list[RankState]:
-    """Before the first heartbeat the ranks are importing: that is `Loading`."""
-    return states or [RankState(rank=0, attempt=attempt, heartbeat_time=started)]
