@@ -4,10 +4,16 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from finetune_api.reasons import FAILURES, Reason
 from finetune_trainer import manifest as mf
+from finetune_trainer.checkpoint import Checkpoints
+from finetune_trainer.claims import AttemptClaim
+from finetune_trainer.distributed import World
+from finetune_trainer.errors import SupersededError
+from finetune_trainer.manifest import Progress
 from tests.trainer import jobs
 from tests.trainer.conftest import StartPod
 
@@ -156,3 +162,29 @@ def test_a_finished_job_that_is_started_again_exports_the_same(finished, tmp_pat
     report = again(pod).done()
     assert report["resumedFromStep"] == report["step"] == 6
     assert adapter.read_bytes() == before
+
+
+def checkpoints(root: Path, attempt: int) -> Checkpoints:
+    """Those of one rank, which has claimed the folder."""
+    claim = AttemptClaim(root, "uid-1", attempt)
+    (root / "attempt.json").write_text(json.dumps({"uid": claim.uid, "attempt": attempt}))
+    world = World(0, 0, 1, 1, torch.device("cpu"), torch.distributed.HashStore(), None)
+    return Checkpoints(root, 2, world, claim, {}, attempt)
+
+
+def test_a_superseded_attempt_leaves_the_newer_ones_half_written_checkpoint(tmp_path: Path) -> None:
+    old, _new = checkpoints(tmp_path, 1), checkpoints(tmp_path, 2)
+    half = mf.temporary_folder(tmp_path, 4, attempt=2)
+    half.mkdir()
+    with pytest.raises(SupersededError, match="owned by attempt 2"):
+        old.restore(None)
+    assert half.is_dir()
+
+
+def test_a_save_that_a_newer_attempt_has_cleared_away_is_superseded(tmp_path: Path) -> None:
+    old, new = checkpoints(tmp_path, 1), checkpoints(tmp_path, 2)
+    half = mf.temporary_folder(tmp_path, 4, attempt=1)
+    half.mkdir()
+    assert new.restore(None) is None and not half.exists()
+    with pytest.raises(SupersededError, match="owned by attempt 2"):
+        old._commit(half, Progress(step=4), {})

@@ -203,6 +203,7 @@ class Checkpoints:
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> float:
         assert self.claim is not None
+        self.claim.check()  # a newer attempt clears the folder away: that is then the cause
         now = time.time()
         manifest = Manifest(
             progress=progress,
@@ -221,6 +222,8 @@ class Checkpoints:
         return now
 
     def _candidates(self) -> list[str]:
+        assert self.claim is not None
+        self.claim.check()  # what is half written may be a newer attempt's
         for name in mf.remove_abandoned(self.root):
             log.info("removed the unfinished checkpoint %s", name)
         return [path.name for path in mf.complete_checkpoints(self.root)]
