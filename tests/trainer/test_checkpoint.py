@@ -12,8 +12,8 @@ from finetune_trainer import manifest as mf
 from finetune_trainer.checkpoint import Checkpoints
 from finetune_trainer.claims import AttemptClaim
 from finetune_trainer.distributed import World
-from finetune_trainer.errors import SupersededError
-from finetune_trainer.manifest import Progress
+from finetune_trainer.errors import StorageError, SupersededError
+from finetune_trainer.manifest import Manifest, Progress
 from tests.trainer import jobs
 from tests.trainer.conftest import StartPod
 
@@ -188,3 +188,27 @@ def test_a_save_that_a_newer_attempt_has_cleared_away_is_superseded(tmp_path: Pa
     assert new.restore(None) is None and not half.exists()
     with pytest.raises(SupersededError, match="owned by attempt 2"):
         old._commit(half, Progress(step=4), {})
+
+
+def test_parts_that_rank_0_does_not_see_make_no_checkpoint(tmp_path: Path) -> None:
+    """Nodes with a folder each under the same path."""
+    own = checkpoints(tmp_path, 1)
+    half = mf.temporary_folder(tmp_path, 4, attempt=1)
+    half.mkdir()
+    (half / "rank-00000.safetensors").write_bytes(b"1234")
+    entry = {"sha256": "", "size_bytes": 4}
+    for name, said in (("rank-00001.safetensors", "is missing"), ("rank-00000.safetensors", "4 bytes instead of 5")):
+        files = {"rank-00000.safetensors": entry, name: {**entry, "size_bytes": 5}}
+        with pytest.raises(StorageError, match=rf"checkpoint\.uri: .*{name} .*{said}.* one volume for all pods"):
+            own._commit(half, Progress(step=4), files)
+    assert mf.complete_checkpoints(tmp_path) == []
+
+
+def test_a_manifest_that_only_one_rank_cannot_read_is_told(tmp_path: Path) -> None:
+    """Else that rank would go on to load what it takes for verified."""
+    world = World(1, 0, 2, 1, torch.device("cpu"), torch.distributed.HashStore(), None)
+    second = Checkpoints(tmp_path, 2, world, None, {}, 1)
+    Manifest(Progress(step=4), 1, 2, 0.0, {}, {}).write(tmp_path)
+    assert second._verify(tmp_path) is None
+    (tmp_path / mf.MANIFEST).unlink()
+    assert "manifest.json cannot be read" in str(second._verify(tmp_path))

@@ -24,7 +24,7 @@ from finetune_trainer.claims import AttemptClaim
 from finetune_trainer.config import differences
 from finetune_trainer.distributed import World
 from finetune_trainer.engine import is_partitioned
-from finetune_trainer.errors import CheckpointCorruptError, ConfigError
+from finetune_trainer.errors import CheckpointCorruptError, ConfigError, StorageError
 from finetune_trainer.evaluation.best import best_step
 from finetune_trainer.manifest import Manifest, Progress
 from finetune_trainer.saving import Saved, Saving
@@ -128,9 +128,8 @@ class Checkpoints:
         found = self.world.together(lambda: self._candidates() if self.world.is_first else [])[0]
         for newer, name in enumerate(found):
             folder = self.root / name
-            problems = [p for p in self.world.together(lambda f=folder: self._verify(f)) if p]  # type: ignore[misc]
-            if problems:
-                log.error("checkpoint %s is corrupt and skipped: %s", name, "; ".join(problems))
+            if problems := self._problems(folder):
+                log.error("checkpoint %s is corrupt and skipped: %s", name, problems)
                 continue
             saved = mf.read_manifest(folder)
             if differs := differences(self.fingerprint, saved.fingerprint):
@@ -162,9 +161,8 @@ class Checkpoints:
             CheckpointCorruptError: it is missing or does not verify.
         """
         folder = mf.step_folder(self.root, step)
-        problems = [problem for problem in self.world.together(lambda: self._verify(folder)) if problem]
-        if problems:
-            raise CheckpointCorruptError(f"{folder}, the best checkpoint, cannot be exported: {'; '.join(problems)}")
+        if problems := self._problems(folder):
+            raise CheckpointCorruptError(f"{folder}, the best checkpoint, cannot be exported: {problems}")
         self._load(engine, folder, mf.read_manifest(folder))
 
     def _load(self, engine: Any, folder: Path, saved: Manifest) -> None:
@@ -204,6 +202,7 @@ class Checkpoints:
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> float:
         assert self.claim is not None
         self.claim.check()  # a newer attempt clears the folder away: that is then the cause
+        self._check_written(temporary, files)
         now = time.time()
         manifest = Manifest(
             progress=progress,
@@ -221,6 +220,15 @@ class Checkpoints:
         mf.retain(self.root, self.keep, spare=best_step(progress.metrics, self.metric))
         return now
 
+    def _check_written(self, temporary: Path, files: dict[str, dict[str, Any]]) -> None:
+        """Nodes that have a folder each under this path would make a checkpoint of which every node has only its own part."""
+        for name, entry in files.items():
+            if problem := mf.verify_size(temporary, name, entry):
+                raise StorageError(
+                    f"checkpoint.uri: rank 0 does not see what another rank has written: {problem} in {temporary}; "
+                    f"{self.root} must be one volume for all pods"
+                )
+
     def _candidates(self) -> list[str]:
         assert self.claim is not None
         self.claim.check()  # what is half written may be a newer attempt's
@@ -228,12 +236,17 @@ class Checkpoints:
             log.info("removed the unfinished checkpoint %s", name)
         return [path.name for path in mf.complete_checkpoints(self.root)]
 
+    def _problems(self, folder: Path) -> str:
+        """What any rank finds wrong with a checkpoint; empty if nothing is. All ranks call it."""
+        found = self.world.together(lambda: self._verify(folder))
+        return "; ".join(dict.fromkeys(filter(None, found)))
+
     def _verify(self, folder: Path) -> str | None:
         """Each rank reads a share of the files, so that verifying takes no longer with more of them."""
         try:
             manifest = mf.read_manifest(folder)
         except ValueError as error:
-            return str(error) if self.world.is_first else None
+            return str(error)
         for name in sorted(manifest.files)[self.world.rank :: self.world.size]:
             if problem := mf.verify_file(folder, name, manifest.files[name]):
                 return problem

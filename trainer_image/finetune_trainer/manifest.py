@@ -71,15 +71,21 @@ def read_manifest(folder: Path) -> Manifest:
         raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
 
 
-def verify_file(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
-    """What is wrong with a file of a checkpoint; None if nothing is."""
+def verify_size(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint as far as its folder tells; None if nothing is."""
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
     size = path.stat().st_size
-    if size != entry["size_bytes"]:
-        return f"{name} has {size} bytes instead of {entry['size_bytes']}"
-    return None if sha256_file(path) == entry["sha256"] else f"{name} has another SHA-256 than its manifest says"
+    return None if size == entry["size_bytes"] else f"{name} has {size} bytes instead of {entry['size_bytes']}"
+
+
+def verify_file(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
+    """What is wrong with a file of a checkpoint; None if nothing is."""
+    if problem := verify_size(folder, name, entry):
+        return problem
+    same = sha256_file(folder / name) == entry["sha256"]
+    return None if same else f"{name} has another SHA-256 than its manifest says"
 
 
 def part_file(rank: int) -> str:
