@@ -194,3 +194,16 @@ def test_merging_a_full_model_is_refused(start: StartPod) -> None:
     pod = start(method="Full", adapter=None, output__mergeAdapter=True)
     assert pod.wait() == FAILURES[Reason.CONFIG_ERROR].exit_code
     assert pod.report["message"].startswith("output.mergeAdapter")
+
+
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"])
+def test_a_full_output_volume_is_no_error_of_the_code(
+    start: StartPod, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """Python writes some of the files, safetensors and tokenizers, which have exceptions of their own, the others."""
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.volume_hook")
+    monkeypatch.setenv("TEST_FULL_OUTPUT", file)
+    pod = start(training__maxSteps=1, evaluation=[])
+    assert pod.wait() == FAILURES[Reason.STORAGE_ERROR].exit_code, pod.log
+    assert pod.report["message"].startswith(f"output.uri: {pod.spec['outputDir']} cannot be written: ")
+    assert "No space left on device" in pod.report["message"]

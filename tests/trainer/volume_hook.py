@@ -1,7 +1,7 @@
 """Imported by a test's ranks (`TEST_HOOK`): a volume that is slow or full when the test says so.
 
 TEST_HOLD names a folder: a checkpoint of step N is written only once it has a file `N`. TEST_FULL is `rank:step`: that rank finds
-the volume full when it writes that step.
+the volume full when it writes that step. TEST_FULL_OUTPUT names the file of the output with which its volume is full.
 """
 
 import os
@@ -10,8 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import finetune_trainer.checkpoint as checkpoint
+import finetune_trainer.export as export
 
-write_tensors = checkpoint.write_tensors
+FULL = Path("/dev/full")
+"""The kernel's own "No space left on device"."""
+write_tensors, write_weights = checkpoint.write_tensors, export._write_weights
 
 
 def write(path: Path, *arguments: Any) -> dict[str, Any]:
@@ -20,8 +23,14 @@ def write(path: Path, *arguments: Any) -> dict[str, Any]:
         while not (Path(hold) / str(step)).exists():
             time.sleep(0.005)
     if os.environ.get("TEST_FULL") == f"{os.environ['RANK']}:{step}":
-        path = Path("/dev/full")  # the kernel's own "No space left on device"
+        path = FULL
     return write_tensors(path, *arguments)
 
 
-checkpoint.write_tensors = write
+def write_output(model: Any, spec: Any, revision: Any, folder: Path, *, first: bool) -> None:
+    if name := os.environ.get("TEST_FULL_OUTPUT"):
+        (folder / name).symlink_to(FULL)
+    write_weights(model, spec, revision, folder, first=first)
+
+
+checkpoint.write_tensors, export._write_weights = write, write_output

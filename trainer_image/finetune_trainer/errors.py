@@ -5,7 +5,11 @@ Raise the class that names who has to act: `ConfigError` and `DataError` are the
 """
 
 import errno
+import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import ClassVar
 
 from finetune_api.reasons import Reason
@@ -71,6 +75,38 @@ def error_of(reason: Reason, message: str) -> TrainerError:
     return kind(message)
 
 
+_OS_ERROR = re.compile(r"\(os error (\d+)\)")
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """What the system said, also where safetensors and tokenizers, written in Rust, made an exception of their own of it."""
+    if isinstance(error, OSError):
+        return error
+    said = _OS_ERROR.search(str(error))
+    return OSError(int(said[1]), str(error)) if said else None
+
+
+@contextmanager
+def writing(field: str, path: Path) -> Iterator[None]:
+    """Whatever the system refuses within is the volume's fault.
+
+    Args:
+        field: of the spec, which names the volume.
+        path: what is written.
+
+    Raises:
+        StorageError: naming both.
+    """
+    try:
+        yield
+    except TrainerError:
+        raise
+    except Exception as error:
+        if os_error(error) is None:
+            raise
+        raise StorageError(f"{field}: {path} cannot be written: {error}") from error
+
+
 _STORAGE_ERRNOS = {
     errno.ENOSPC,
     errno.EROFS,
@@ -121,7 +157,7 @@ def classify(error: BaseException) -> tuple[Reason, str]:
         return Reason.COMMUNICATION_ERROR, message
     if isinstance(error, RuntimeError) and any(part in text for part in _COMMUNICATION_TEXTS):
         return Reason.COMMUNICATION_ERROR, message
-    if isinstance(error, OSError) and error.errno in _STORAGE_ERRNOS:
+    if (cause := os_error(error)) is not None and cause.errno in _STORAGE_ERRNOS:
         return Reason.STORAGE_ERROR, message
     return Reason.CODE_ERROR, f"{name}: {message}"
 

@@ -19,12 +19,13 @@ from finetune_trainer.claims import OUTPUT_FILE, output_claim
 from finetune_trainer.data.chat_templates import end_ids
 from finetune_trainer.files import fsync_path, write_json
 from finetune_trainer.shards import whole, write_model
+from finetune_trainer.tensor_file import write_tensors
 from finetune_trainer.vision import PROCESSOR_FILES, PROJECTOR, TOWER, part_of
 
 RESULT_FILE = "train_result.json"
 MERGED_FOLDER = "merged"
 FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
-"""safetensors writes its files for their owner alone; a result is for others to read."""
+"""transformers and peft write some files for their owner alone; a result is for others to read."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -131,7 +132,6 @@ def _write_adapter(
     model: Any, weights: dict[str, torch.Tensor], spec: LaunchSpec, revision: str | None, folder: Path
 ) -> None:
     from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
 
     config = model.peft_config["default"]
     config.inference_mode = True
@@ -146,9 +146,7 @@ def _write_adapter(
     ] or None
     # `save_embedding_layers="auto"` would ask the hub about the base model.
     tensors = get_peft_model_state_dict(model, state_dict=weights, save_embedding_layers=False)
-    save_file(
-        dict(sorted({**tensors, **beside}.items())), folder / "adapter_model.safetensors", metadata={"format": "pt"}
-    )
+    write_tensors(folder / "adapter_model.safetensors", {**tensors, **beside})
     config.save_pretrained(str(folder))
 
 

@@ -25,7 +25,7 @@ from finetune_trainer.data.report import log_reports, padding_share
 from finetune_trainer.data.store import TokenStore, read_meta
 from finetune_trainer.data.tokenize import Encoder
 from finetune_trainer.distributed import World, limit_waits
-from finetune_trainer.errors import StorageError
+from finetune_trainer.errors import writing
 from finetune_trainer.hub import config_ahead, go_offline, local_path, resolve_revision
 from finetune_trainer.manifest import Progress
 from finetune_trainer.readahead import read_ahead
@@ -325,9 +325,7 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
         "versions": versions(),
         "data": data.report,
     }
-    try:
-        if world.is_first:
-            set_ends(training.engine.module, data.tokenizer, spec, data.end_of_turn)
+    if world.is_first:
+        set_ends(training.engine.module, data.tokenizer, spec, data.end_of_turn)
+    with writing("output.uri", Path(spec.output_dir)):
         write_output(training.engine, data.tokenizer, sources.model, spec, result, first=world.is_first)
-    except OSError as error:
-        raise StorageError(f"output.uri: {spec.output_dir} cannot be written: {error}") from error
