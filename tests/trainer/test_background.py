@@ -98,7 +98,8 @@ def test_a_full_volume_of_one_rank_ends_all(
     code = FAILURES[Reason.STORAGE_ERROR].exit_code
     assert [pod.wait(60) for pod in pods] == [code, code], pods[0].log + pods[1].log
     for pod in pods:
-        assert pod.report["message"] == "rank 1: [Errno 28] No space left on device"
+        place = f"checkpoint.uri: {tmp_path / 'checkpoints'} cannot be written"
+        assert pod.report["message"] == f"rank 1: {place}: [Errno 28] No space left on device"
         assert pod.report["lastCheckpointStep"] == 3
         assert 6 <= pod.report["step"] <= 9
     assert not (tmp_path / "checkpoints" / "step-00000006").exists()

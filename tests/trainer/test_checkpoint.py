@@ -1,12 +1,15 @@
 """What counts as a checkpoint, who may write one, and what may be resumed from it."""
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
 from finetune_trainer import manifest as mf
 from finetune_trainer.checkpoint import Checkpoints
@@ -212,3 +215,32 @@ def test_a_manifest_that_only_one_rank_cannot_read_is_told(tmp_path: Path) -> No
     assert second._verify(tmp_path) is None
     (tmp_path / mf.MANIFEST).unlink()
     assert "manifest.json cannot be read" in str(second._verify(tmp_path))
+
+
+def taken(root: Path) -> None:
+    root.mkdir()
+    (root / f".attempt.json.{os.getpid()}").symlink_to("/dev/full")
+    AttemptClaim.take(LaunchSpec.model_validate(jobs.launch(root.parent, root, root, checkpoint__dir=str(root))))
+
+
+def written(root: Path) -> None:
+    root.mkdir()
+    own, half = checkpoints(root, 1), mf.temporary_folder(root, 4, attempt=1)
+    half.mkdir()
+    (half / "rank").symlink_to("/dev/full")
+    own._write_part({"a": torch.ones(1)}, half, "rank", lambda _size: None)
+
+
+def committed(root: Path) -> None:
+    root.mkdir()
+    own, half = checkpoints(root, 1), mf.temporary_folder(root, 4, attempt=1)
+    half.mkdir()
+    (half / f".manifest.json.{os.getpid()}").symlink_to("/dev/full")
+    own._commit(half, Progress(step=4), {})
+
+
+@pytest.mark.parametrize("work", [taken, written, committed], ids=["claim", "part", "manifest"])
+def test_a_full_volume_is_named_whatever_is_written(tmp_path: Path, work: Callable[[Path], None]) -> None:
+    root = tmp_path / "root"
+    with pytest.raises(StorageError, match=rf"checkpoint\.uri: {root} cannot be written: .*No space left"):
+        work(root)

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import os
 from pathlib import Path
 
 import pytest
 
+from finetune_trainer.errors import StorageError
 from finetune_trainer.journal import Journal
 
 
@@ -61,3 +63,14 @@ def test_half_a_line_is_closed_and_left_out(tmp_path: Path) -> None:
     lines = path.read_text().splitlines()
     assert sum('"lo' in line and not line.endswith("}") for line in lines) == 1
     assert [json.loads(line)["step"] for line in lines[7:] if "loss_hex" in line] == [3, 4, 5]
+
+
+def test_a_full_volume_is_named(tmp_path: Path) -> None:
+    journal = run(tmp_path, 1, 1, 1)
+    file = journal._file.fileno()
+    with Path("/dev/full").open("wb") as full, Path("/dev/null").open("wb") as emptied:
+        os.dup2(full.fileno(), file)
+        with pytest.raises(StorageError, match=rf"checkpoint\.uri: {tmp_path} cannot be written: .*No space left"):
+            journal.event(1)
+        os.dup2(emptied.fileno(), file)  # of what is still in the buffer
+    journal._file.close()

@@ -328,7 +328,12 @@ CLASSES = {
     "ecc": (RuntimeError("CUDA error: uncorrectable ECC error encountered"), Reason.HARDWARE_FAULT),
     "disk-full": (OSError(28, "No space left on device"), Reason.STORAGE_ERROR),
     "read-only": (OSError(30, "Read-only file system"), Reason.STORAGE_ERROR),
+    "mount-timed-out": (OSError(110, "Connection timed out"), Reason.STORAGE_ERROR),
+    "no-locks": (OSError(37, "No locks available"), Reason.STORAGE_ERROR),
+    "file-aborted": (OSError(103, "Software caused connection abort", "/mnt/x"), Reason.STORAGE_ERROR),
+    "rust": (ValueError("I/O error: Input/output error (os error 5)"), Reason.STORAGE_ERROR),
     "code": (KeyError("x"), Reason.CODE_ERROR),
+    "code-file": (FileNotFoundError(2, "No such file or directory", "/x"), Reason.CODE_ERROR),
 }
 
 

@@ -8,6 +8,7 @@ copied to host memory while training stands still; the rest happens in the backg
 import logging
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from finetune_trainer.claims import AttemptClaim
 from finetune_trainer.config import differences
 from finetune_trainer.distributed import World
 from finetune_trainer.engine import is_partitioned
-from finetune_trainer.errors import CheckpointCorruptError, ConfigError, StorageError
+from finetune_trainer.errors import CheckpointCorruptError, ConfigError, StorageError, writing
 from finetune_trainer.evaluation.best import best_step
 from finetune_trainer.manifest import Manifest, Progress
 from finetune_trainer.saving import Saved, Saving
@@ -196,8 +197,12 @@ class Checkpoints:
     ) -> dict[str, dict[str, Any]]:
         if not staged:
             return {}
-        temporary.mkdir(parents=True, exist_ok=True)
-        return {name: write_tensors(temporary / name, staged, count)}
+        with self._writing():
+            temporary.mkdir(parents=True, exist_ok=True)
+            return {name: write_tensors(temporary / name, staged, count)}
+
+    def _writing(self) -> AbstractContextManager[None]:
+        return writing("checkpoint.uri", self.root)
 
     def _commit(self, temporary: Path, progress: Progress, files: dict[str, dict[str, Any]]) -> float:
         assert self.claim is not None
@@ -213,11 +218,12 @@ class Checkpoints:
             files=files,
             versions=versions(),
         )
-        manifest.write(temporary)
-        self.claim.check()
-        mf.commit(temporary, mf.step_folder(self.root, progress.step))
-        self.claim.check()
-        mf.retain(self.root, self.keep, spare=best_step(progress.metrics, self.metric))
+        with self._writing():
+            manifest.write(temporary)
+            self.claim.check()
+            mf.commit(temporary, mf.step_folder(self.root, progress.step))
+            self.claim.check()
+            mf.retain(self.root, self.keep, spare=best_step(progress.metrics, self.metric))
         return now
 
     def _check_written(self, temporary: Path, files: dict[str, dict[str, Any]]) -> None:
@@ -232,9 +238,10 @@ class Checkpoints:
     def _candidates(self) -> list[str]:
         assert self.claim is not None
         self.claim.check()  # what is half written may be a newer attempt's
-        for name in mf.remove_abandoned(self.root):
-            log.info("removed the unfinished checkpoint %s", name)
-        return [path.name for path in mf.complete_checkpoints(self.root)]
+        with self._writing():
+            for name in mf.remove_abandoned(self.root):
+                log.info("removed the unfinished checkpoint %s", name)
+            return [path.name for path in mf.complete_checkpoints(self.root)]
 
     def _problems(self, folder: Path) -> str:
         """What any rank finds wrong with a checkpoint; empty if nothing is. All ranks call it."""
@@ -257,4 +264,5 @@ class Checkpoints:
             return
         for name in names:
             self.claim.check()
-            (self.root / name).rename(self.root / f"{name}.corrupt-{self.claim.attempt}")
+            with self._writing():
+                (self.root / name).rename(self.root / f"{name}.corrupt-{self.claim.attempt}")

@@ -6,12 +6,14 @@ believed dead (a node cut off from the network) finds a newer claim there and en
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune_api.launch import JobIdentity, LaunchSpec
-from finetune_trainer.errors import ConfigError, StorageError, SupersededError, TrainerError
+from finetune_trainer.errors import ConfigError, SupersededError, reading, writing
 from finetune_trainer.files import write_json
 
 ATTEMPT_FILE = "attempt.json"
@@ -32,23 +34,23 @@ class AttemptClaim:
 
         Raises:
             SupersededError: a newer attempt has claimed it.
-            ConfigError: it belongs to another job.
+            ConfigError: it belongs to another job, or cannot be.
+            StorageError: it cannot be written.
         """
         folder = Path(spec.checkpoint.dir)
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write("checkpoint.uri", folder, error) from error
         claim = cls(folder, spec.job.uid, spec.attempt)
-        other = _read(folder / ATTEMPT_FILE)
-        if other is not None and other["uid"] != claim.uid:
-            raise ConfigError(
-                f"checkpoint.uri: {folder} belongs to another FineTuneJob (uid {other['uid']}); set another "
-                "`checkpoint.uri`, or delete the folder if that job is gone"
-            )
-        if other is not None and other["attempt"] > claim.attempt:
-            raise SupersededError(f"attempt {other['attempt']} owns {folder}; this is attempt {claim.attempt}")
-        write_json(folder / ATTEMPT_FILE, {"uid": claim.uid, "attempt": claim.attempt})
+        with writing("checkpoint.uri", folder):
+            with _path_of("checkpoint.uri", folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            other = _read(folder / ATTEMPT_FILE)
+            if other is not None and other["uid"] != claim.uid:
+                raise ConfigError(
+                    f"checkpoint.uri: {folder} belongs to another FineTuneJob (uid {other['uid']}); set another "
+                    "`checkpoint.uri`, or delete the folder if that job is gone"
+                )
+            if other is not None and other["attempt"] > claim.attempt:
+                raise SupersededError(f"attempt {other['attempt']} owns {folder}; this is attempt {claim.attempt}")
+            write_json(folder / ATTEMPT_FILE, {"uid": claim.uid, "attempt": claim.attempt})
         return claim
 
     def check(self) -> None:
@@ -56,8 +58,10 @@ class AttemptClaim:
 
         Raises:
             SupersededError: the folder has been claimed by another attempt since.
+            StorageError: it cannot be read.
         """
-        other = _read(self.folder / ATTEMPT_FILE)
+        with reading("checkpoint.uri", self.folder):
+            other = _read(self.folder / ATTEMPT_FILE)
         if other is None or other["uid"] != self.uid or other["attempt"] != self.attempt:
             owner = "nobody" if other is None else f"attempt {other['attempt']}"
             raise SupersededError(f"{self.folder} is now owned by {owner}; this is attempt {self.attempt}")
@@ -69,10 +73,11 @@ def claim_output(spec: LaunchSpec) -> None:
     An absent or empty folder is taken; one of a job with the same namespace and name will be replaced at the end.
 
     Raises:
-        ConfigError: it holds another job's output, or files that no job has written.
+        ConfigError: it holds another job's output, or files that no job has written, or it cannot be.
+        StorageError: it cannot be written.
     """
     folder = Path(spec.output_dir)
-    try:
+    with writing("output.uri", folder), _path_of("output.uri", folder):
         folder.mkdir(parents=True, exist_ok=True)
         checkpoints = Path(spec.checkpoint.dir)
         entries = [e for e in folder.iterdir() if e.name != "lost+found" and not checkpoints.is_relative_to(e)]
@@ -91,15 +96,17 @@ def claim_output(spec: LaunchSpec) -> None:
             write_json(folder / OUTPUT_FILE, output_claim(spec.job))
         elif not os.access(folder, os.W_OK):
             raise ConfigError(f"output.uri: {folder} cannot be written by the trainer (uid {os.getuid()})")
-    except OSError as error:
-        raise _cannot_write("output.uri", folder, error) from error
 
 
-def _cannot_write(field: str, folder: Path, error: OSError) -> TrainerError:
+@contextmanager
+def _path_of(field: str, folder: Path) -> Iterator[None]:
     """A path that cannot be is the job's mistake; anything else is the volume's."""
-    wrong_path = isinstance(error, NotADirectoryError | FileExistsError | PermissionError)
-    kind = ConfigError if wrong_path else StorageError
-    return kind(f"{field}: {folder} cannot be written by the trainer (uid {os.getuid()}): {error.strerror}")
+    try:
+        yield
+    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+        raise ConfigError(
+            f"{field}: {folder} cannot be written by the trainer (uid {os.getuid()}): {error.strerror}"
+        ) from error
 
 
 def output_claim(job: JobIdentity) -> dict[str, Any]:

@@ -75,6 +75,17 @@ def error_of(reason: Reason, message: str) -> TrainerError:
     return kind(message)
 
 
+_VOLUME_ERRNOS = {
+    errno.EIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ETIMEDOUT,
+    errno.ENOLCK,
+    errno.EUCLEAN,
+    errno.EREMOTEIO,
+}
+"""What no wrong path, right or content brings about, but a volume that fails."""
+_STORAGE_ERRNOS = _VOLUME_ERRNOS | {errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EACCES, errno.EPERM}
 _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
@@ -107,16 +118,24 @@ def writing(field: str, path: Path) -> Iterator[None]:
         raise StorageError(f"{field}: {path} cannot be written: {error}") from error
 
 
-_STORAGE_ERRNOS = {
-    errno.ENOSPC,
-    errno.EROFS,
-    errno.EDQUOT,
-    errno.EIO,
-    errno.EACCES,
-    errno.EPERM,
-    errno.ESTALE,
-    errno.ENOTCONN,
-}
+@contextmanager
+def reading(field: str, path: Path) -> Iterator[None]:
+    """As `writing`, but only for what is nobody's mistake: a file that is missing or closed to the trainer may be the user's.
+
+    Raises:
+        StorageError: naming field and path.
+    """
+    try:
+        yield
+    except TrainerError:
+        raise
+    except Exception as error:
+        cause = os_error(error)
+        if cause is None or cause.errno not in _VOLUME_ERRNOS:
+            raise
+        raise StorageError(f"{field}: {path} cannot be read: {error}") from error
+
+
 _COMMUNICATION_TYPES = {"DistBackendError", "DistNetworkError", "DistStoreError", "DistQueueEmptyError"}
 _COMMUNICATION_TEXTS = (
     "gloo",
@@ -153,11 +172,14 @@ def classify(error: BaseException) -> tuple[Reason, str]:
         return Reason.OUT_OF_MEMORY_GPU, message
     if isinstance(error, RuntimeError) and any(part in text for part in _HARDWARE_TEXTS):
         return Reason.HARDWARE_FAULT, message
+    cause = os_error(error)
+    if isinstance(cause, ConnectionError) and cause.filename is not None:
+        return Reason.STORAGE_ERROR, message  # of a file that a file system in user space or on a network has lost
     if name in _COMMUNICATION_TYPES or isinstance(error, ConnectionError):
         return Reason.COMMUNICATION_ERROR, message
     if isinstance(error, RuntimeError) and any(part in text for part in _COMMUNICATION_TEXTS):
         return Reason.COMMUNICATION_ERROR, message
-    if (cause := os_error(error)) is not None and cause.errno in _STORAGE_ERRNOS:
+    if cause is not None and cause.errno in _STORAGE_ERRNOS:
         return Reason.STORAGE_ERROR, message
     return Reason.CODE_ERROR, f"{name}: {message}"
 

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune_trainer.errors import writing
+
 ROUNDING = 1e-3
 """Losses that differ by less, relatively, differ by the order of sums: on other numbers of ranks BF16 was measured at 4e-5."""
 log = logging.getLogger("finetune_trainer")
@@ -63,38 +65,40 @@ class Journal:
         folder: of the job's checkpoints.
         attempt: this one's number.
         resumed_from: the step that it goes on from.
+
+    Raises:
+        StorageError: it cannot be written; also of `write` and `event`.
     """
 
     def __init__(self, folder: Path, attempt: int, resumed_from: int) -> None:
+        self._folder, self._attempt = folder, attempt
         path = folder / "journal.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
-        self.replay = Replay(_steps(lines, resumed_from))
-        self._file = path.open("a", encoding="utf-8")
-        if lines[-1]:
-            self._file.write("\n")  # the power went in the middle of a line
-        self._attempt = attempt
+        with writing("checkpoint.uri", folder):
+            lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else [""]
+            self.replay = Replay(_steps(lines, resumed_from))
+            self._file = path.open("a", encoding="utf-8")
+            if lines[-1]:
+                self._file.write("\n")  # the power went in the middle of a line
 
     def write(self, step: int, *, loss: float, grad_norm: float, tokens: int, seconds: float) -> None:
         """Adds a step; `loss_hex` and `grad_norm_hex` carry every bit."""
-        line: dict[str, Any] = {
-            "step": step,
-            "attempt": self._attempt,
-            "loss": loss,
-            "loss_hex": loss.hex(),
-            "grad_norm": grad_norm,
-            "grad_norm_hex": grad_norm.hex(),
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
-        }
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self.event(
+            step,
+            loss=loss,
+            loss_hex=loss.hex(),
+            grad_norm=grad_norm,
+            grad_norm_hex=grad_norm.hex(),
+            tokens=tokens,
+            seconds=round(seconds, 4),
+        )
         if self.replay.compare(step, loss, grad_norm):
             log.log(logging.INFO if self.replay.is_the_same else logging.ERROR, "%s", self.replay.verdict)
 
     def event(self, step: int, **facts: Any) -> None:
         """Adds a line about something other than a step, such as an evaluation."""
-        self._file.write(json.dumps({"step": step, "attempt": self._attempt, **facts}) + "\n")
-        self._file.flush()
+        with writing("checkpoint.uri", self._folder):
+            self._file.write(json.dumps({"step": step, "attempt": self._attempt, **facts}) + "\n")
+            self._file.flush()
 
 
 def _steps(lines: list[str], after: int) -> dict[int, tuple[float, float]]:
