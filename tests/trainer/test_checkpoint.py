@@ -1,9 +1,11 @@
 """What counts as a checkpoint, who may write one, and what may be resumed from it."""
 
+import errno
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from finetune_trainer.claims import AttemptClaim
 from finetune_trainer.distributed import World
 from finetune_trainer.errors import StorageError, SupersededError
 from finetune_trainer.manifest import Manifest, Progress
+from finetune_trainer.tensor_file import write_tensors
 from tests.trainer import jobs
 from tests.trainer.conftest import StartPod
 
@@ -244,3 +247,27 @@ def test_a_full_volume_is_named_whatever_is_written(tmp_path: Path, work: Callab
     root = tmp_path / "root"
     with pytest.raises(StorageError, match=rf"checkpoint\.uri: {root} cannot be written: .*No space left"):
         work(root)
+
+
+@pytest.mark.parametrize("unreadable", ["manifest.json", "rank-00000.safetensors"])
+def test_a_checkpoint_that_cannot_be_read_is_not_taken_for_a_corrupt_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unreadable: str
+) -> None:
+    """The steps since the one before would be lost, and this one set aside, for a volume that is back a minute later."""
+    own = checkpoints(tmp_path, 1)
+    for step in (4, 6):
+        folder = mf.step_folder(tmp_path, step)
+        folder.mkdir()
+        files = {"rank-00000.safetensors": write_tensors(folder / "rank-00000.safetensors", {"a": torch.ones(1)})}
+        Manifest(Progress(step=step), 1, 1, 0.0, {}, files).write(folder)
+    newest, open_file = mf.step_folder(tmp_path, 6), Path.open
+
+    def stale(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path == newest / unreadable:
+            raise OSError(errno.ESTALE, "Stale file handle", str(path))
+        return open_file(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", stale)
+    with pytest.raises(StorageError, match=rf"{newest / unreadable} cannot be read: .*Stale.*; rename {newest} to"):
+        own.restore(None)
+    assert newest.is_dir()

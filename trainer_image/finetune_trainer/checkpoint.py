@@ -125,6 +125,7 @@ class Checkpoints:
         Raises:
             ConfigError: the newest checkpoint is another run's, or cannot be resumed on this number of ranks.
             CheckpointCorruptError: there are checkpoints and none verifies. They stay, so that the next attempt says the same.
+            StorageError: one cannot be read.
         """
         found = self.world.together(lambda: self._candidates() if self.world.is_first else [])[0]
         for newer, name in enumerate(found):
@@ -160,6 +161,7 @@ class Checkpoints:
 
         Raises:
             CheckpointCorruptError: it is missing or does not verify.
+            StorageError: it cannot be read.
         """
         folder = mf.step_folder(self.root, step)
         if problems := self._problems(folder):
@@ -249,14 +251,24 @@ class Checkpoints:
         return "; ".join(dict.fromkeys(filter(None, found)))
 
     def _verify(self, folder: Path) -> str | None:
-        """Each rank reads a share of the files, so that verifying takes no longer with more of them."""
+        """Each rank reads a share of the files, so that verifying takes no longer with more of them.
+
+        Raises:
+            StorageError: a file cannot be read. That says nothing of what is in it, and next time it may be.
+        """
+        file = folder / mf.MANIFEST
         try:
             manifest = mf.read_manifest(folder)
+            for name in sorted(manifest.files)[self.world.rank :: self.world.size]:
+                file = folder / name
+                if problem := mf.verify_file(folder, name, manifest.files[name]):
+                    return problem
         except ValueError as error:
             return str(error)
-        for name in sorted(manifest.files)[self.world.rank :: self.world.size]:
-            if problem := mf.verify_file(folder, name, manifest.files[name]):
-                return problem
+        except OSError as error:
+            raise StorageError(
+                f"checkpoint.uri: {file} cannot be read: {error}; rename {folder} to resume from the checkpoint before it"
+            ) from error
         return None
 
     def _set_aside(self, names: list[str]) -> None:

@@ -61,22 +61,23 @@ def read_manifest(folder: Path) -> Manifest:
 
     Raises:
         ValueError: it is missing or not one of this format.
+        OSError: it is there and the volume does not give it.
     """
     try:
         values = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         if values["format"] != FORMAT:
             raise ValueError(f"format {values['format']}, this trainer reads {FORMAT}")
         return Manifest(**{**values, "progress": Progress(**values["progress"])})
-    except (OSError, KeyError, TypeError) as error:
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError) as error:
         raise ValueError(f"{MANIFEST} cannot be read: {error}") from error
 
 
 def verify_size(folder: Path, name: str, entry: dict[str, Any]) -> str | None:
     """What is wrong with a file of a checkpoint as far as its folder tells; None if nothing is."""
-    path = folder / name
-    if not path.is_file():
+    try:
+        size = (folder / name).stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
         return f"{name} is missing"
-    size = path.stat().st_size
     return None if size == entry["size_bytes"] else f"{name} has {size} bytes instead of {entry['size_bytes']}"
 
 
