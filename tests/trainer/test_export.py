@@ -207,3 +207,31 @@ def test_a_full_output_volume_is_no_error_of_the_code(
     assert pod.wait() == FAILURES[Reason.STORAGE_ERROR].exit_code, pod.log
     assert pod.report["message"].startswith(f"output.uri: {pod.spec['outputDir']} cannot be written: ")
     assert "No space left on device" in pod.report["message"]
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["beside", "in-place"])
+def test_what_earlier_attempts_left_of_an_export_is_removed(start: StartPod, tmp_path: Path, in_place: bool) -> None:
+    output = tmp_path / "[out]"
+    checkpoints = (output if in_place else tmp_path) / "checkpoints" / "tiny"
+    output.mkdir()
+    (output / "finetunejob.json").write_text('{"namespace": "team", "name": "tiny", "uid": "uid-1"}')
+    parent = output if in_place else tmp_path
+    left = [parent / f".[out].tmp-uid-1-{attempt}" for attempt in (0, 1)]
+    others = parent / ".[out].tmp-uid-2-0"
+    for folder in (*left, others):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"x")
+    changes = {"outputDir": str(output), "checkpoint__dir": str(checkpoints)}
+    start(attempt=2, training__maxSteps=1, evaluation=[], **changes).done()
+    assert not [folder for folder in left if folder.exists()] and others.exists()
+    assert sorted(path.name for path in parent.glob(".*")) == [others.name]
+
+
+def test_a_newer_attempt_that_comes_during_the_export_keeps_the_output(
+    start: StartPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.volume_hook")
+    monkeypatch.setenv("TEST_CLAIM", str(tmp_path / "checkpoints" / "attempt.json"))
+    pod = start(training__maxSteps=1, evaluation=[])
+    assert pod.wait() == FAILURES[Reason.SUPERSEDED].exit_code, pod.log
+    assert [path.name for path in (tmp_path / "output").iterdir()] == ["finetunejob.json"]

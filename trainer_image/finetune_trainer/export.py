@@ -7,6 +7,7 @@ or a folder that also holds the checkpoints) files are moved in one by one and t
 
 import logging
 import shutil
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import torch
 from finetune_api.launch import LaunchSpec, PathSource
 from finetune_api.spec import CHAT_TEMPLATES
 from finetune_trainer.adapters import unwrap
-from finetune_trainer.claims import OUTPUT_FILE, output_claim
+from finetune_trainer.claims import OUTPUT_FILE, AttemptClaim, output_claim
 from finetune_trainer.data.chat_templates import end_ids
 from finetune_trainer.files import fsync_path, write_json
 from finetune_trainer.shards import whole, write_model
@@ -30,9 +31,11 @@ log = logging.getLogger("finetune_trainer")
 
 
 def write_output(
-    engine: Any, tokenizer: Any, model: Path, spec: LaunchSpec, result: dict[str, Any], *, first: bool
+    engine: Any, tokenizer: Any, model: Path, spec: LaunchSpec, result: dict[str, Any], claim: AttemptClaim | None
 ) -> None:
     """Writes the output folder; all ranks call it and help to put weights together, rank 0 writes.
+
+    An attempt that was cut off in the middle has left its files beside the folder; the next one begins with removing them.
 
     Args:
         engine: the DeepSpeed engine.
@@ -40,17 +43,23 @@ def write_output(
         model: the folder that was trained from; the files of its image processor are copied.
         spec: the launch.
         result: the content of train_result.json.
-        first: whether this is rank 0.
+        claim: rank 0's; None on the others.
+
+    Raises:
+        SupersededError: a newer attempt owns the job; the output is as it was.
     """
     final = Path(spec.output_dir)
     in_place = final.is_mount() or Path(spec.checkpoint.dir).is_relative_to(final)
     parent = final if in_place else final.parent
-    temporary = parent / f".{final.name or 'output'}.tmp-{spec.job.uid}-{spec.attempt}"
-    if first:
-        shutil.rmtree(temporary, ignore_errors=True)
+    ours = f".{final.name or 'output'}.tmp-{spec.job.uid}-"
+    temporary = parent / f"{ours}{spec.attempt}"
+    if claim is not None:
+        claim.check()
+        for left in parent.glob(f"{escape(ours)}*"):
+            shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
-    _write_weights(engine.module, spec, result["model_revision"], temporary, first=first)
-    if not first:
+    _write_weights(engine.module, spec, result["model_revision"], temporary, first=claim is not None)
+    if claim is None:
         return
     merged = temporary / MERGED_FOLDER
     for folder in (temporary, *([merged] if merged.is_dir() else [])):
@@ -64,6 +73,7 @@ def write_output(
         path.chmod(DIRECTORY_MODE if path.is_dir() else FILE_MODE)
         fsync_path(path)
     fsync_path(temporary)
+    claim.check()  # a large model takes its time
     if in_place:
         _move_files(temporary, final)
     else:

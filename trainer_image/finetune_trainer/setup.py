@@ -328,4 +328,4 @@ def export(spec: LaunchSpec, training: Any, data: Data, sources: Sources, starte
     if world.is_first:
         set_ends(training.engine.module, data.tokenizer, spec, data.end_of_turn)
     with writing("output.uri", Path(spec.output_dir)):
-        write_output(training.engine, data.tokenizer, sources.model, spec, result, first=world.is_first)
+        write_output(training.engine, data.tokenizer, sources.model, spec, result, own_claim)
