@@ -311,6 +311,16 @@ def test_a_loss_that_is_no_number_ends_the_attempt(start: StartPod, tmp_path: Pa
     assert "step 1: loss" in pod.report["message"]
 
 
+def test_a_full_pod_is_no_error_of_the_code(start: StartPod, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rank cannot even record why it ends."""
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.volume_hook")
+    monkeypatch.setenv("TEST_FULL_SCRATCH", "1")
+    pod = start()
+    assert pod.wait() == FAILURES[Reason.STORAGE_ERROR].exit_code, pod.log
+    assert pod.report["message"].startswith("rank 0 ended with exit code 91 and no report in ")
+    assert "cannot be written: [Errno 28] No space left on device" in pod.log
+
+
 class OutOfMemoryError(RuntimeError):
     """Named as torch's."""
 

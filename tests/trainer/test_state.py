@@ -9,6 +9,7 @@ import pytest
 from finetune_api.reasons import Reason
 from finetune_api.reports import Activity
 from finetune_trainer import state
+from finetune_trainer.errors import StorageError
 from finetune_trainer.state import StateWriter, read_failure, read_state
 
 
@@ -50,7 +51,7 @@ def test_a_full_disk_is_told_by_the_next_heartbeat(tmp_path: Path, monkeypatch: 
         patch.setattr(state, "write_atomic", full)
         status.beat(step=1)
         status.flush()
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(StorageError, match=f"{tmp_path} cannot be written: .*No space left"):
         status.beat(step=2)
     status.flush()
     found = read_state(tmp_path, 0)

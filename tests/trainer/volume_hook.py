@@ -2,21 +2,23 @@
 
 TEST_HOLD names a folder: a checkpoint of step N is written only once it has a file `N`. TEST_FULL is `rank:step`: that rank finds
 the volume full when it writes that step. TEST_FULL_OUTPUT names the file of the output with which its volume is full. TEST_CLAIM
-is a claim that a newer attempt takes while the output is written.
+is a claim that a newer attempt takes while the output is written. With TEST_FULL_SCRATCH the pod's own volume is full.
 """
 
 import json
 import os
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import finetune_trainer.checkpoint as checkpoint
 import finetune_trainer.export as export
+import finetune_trainer.state as state
 
 FULL = Path("/dev/full")
 """The kernel's own "No space left on device"."""
-write_tensors, write_weights = checkpoint.write_tensors, export._write_weights
+write_tensors, write_weights, write_atomic = checkpoint.write_tensors, export._write_weights, state.write_atomic
 
 
 def write(path: Path, *arguments: Any) -> dict[str, Any]:
@@ -37,4 +39,12 @@ def write_output(model: Any, spec: Any, revision: Any, folder: Path, *, first: b
         Path(claim).write_text(json.dumps({"uid": spec.job.uid, "attempt": spec.attempt + 1}))
 
 
+def write_state(path: Path, data: bytes, *, durable: bool) -> None:
+    if os.environ.get("TEST_FULL_SCRATCH"):
+        with suppress(FileExistsError):
+            path.with_name(f".{path.name}.{os.getpid()}").symlink_to(FULL)
+    write_atomic(path, data, durable=durable)
+
+
 checkpoint.write_tensors, export._write_weights = write, write_output
+state.write_atomic = write_state

@@ -101,7 +101,10 @@ def main(arguments: list[str]) -> int:
     except BaseException as error:
         reason, message = classify(error)
         asked = isinstance(error, TerminatedError)  # no failure, so no traceback
-        status.fail(reason, message, "" if asked else short_traceback(error, TRACEBACK_LIMIT))
+        try:
+            status.fail(reason, message, "" if asked else short_traceback(error, TRACEBACK_LIMIT))
+        except OSError as unwritten:  # the exit code tells the reason
+            log.error("%s: the failure cannot be recorded: %s", scratch, unwritten)
         if not asked:
             log.exception("this rank ends: %s", reason)
         code = FAILURES[reason].exit_code or 1

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune_api.reasons import Reason
 from finetune_api.reports import Activity
+from finetune_trainer.errors import StorageError, writing
 from finetune_trainer.files import write_atomic
 
 MIN_INTERVAL_SECONDS = 0.05
@@ -97,7 +98,7 @@ class StateWriter:
         self._folder = folder
         self._published = 0.0
         self._waiting: bytes | None = None
-        self._error: OSError | None = None
+        self._error: StorageError | None = None
         self._turn = threading.Condition()
         threading.Thread(target=self._write, name="state", daemon=True).start()
 
@@ -105,7 +106,7 @@ class StateWriter:
         """Updates facts and publishes them; a plain heartbeat too soon after the last one costs nothing.
 
         Raises:
-            OSError: an earlier one could not be written.
+            StorageError: an earlier one could not be written.
         """
         changed = activity is not None and activity != self.state.activity
         if activity is not None:
@@ -145,8 +146,9 @@ class StateWriter:
             assert data is not None
             error = None
             try:
-                write_atomic(state_path(self._folder, self.state.rank), data, durable=False)
-            except OSError as found:
+                with writing("the pod's own volume", self._folder):
+                    write_atomic(state_path(self._folder, self.state.rank), data, durable=False)
+            except StorageError as found:
                 error = found
             with self._turn:
                 self._error = error or self._error

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from finetune_api.launch import LaunchSpec, PathSource
-from finetune_api.reasons import FAILURES, Reason
+from finetune_api.reasons import EXIT_CODES, FAILURES, Reason
 from finetune_api.reports import TRACEBACK_LIMIT, Activity
 from finetune_trainer import hang, server
 from finetune_trainer.config import read_launch
@@ -154,7 +154,8 @@ def _cause(spec: LaunchSpec, rank: int, code: int, scratch: Path) -> tuple[float
     if code < 0:
         name = signal.Signals(-code).name
         return time.monotonic(), Outcome(Reason.RANK_KILLED, f"rank {rank} was killed by {name}{_oom_hint()}", rank)
-    return time.monotonic(), Outcome(Reason.CODE_ERROR, f"rank {rank} ended with exit code {code} and no report", rank)
+    message = f"rank {rank} ended with exit code {code} and no report in {scratch}"
+    return time.monotonic(), Outcome(EXIT_CODES.get(code, Reason.CODE_ERROR), message, rank)
 
 
 def _oom_hint() -> str:
