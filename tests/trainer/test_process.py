@@ -20,7 +20,7 @@ from finetune_api.launch import LaunchSpec
 from finetune_api.reasons import FAILURES, Reason
 from finetune_api.reports import TERMINATION_MESSAGE_LIMIT_BYTES, Activity, ProgressReport, TerminationReport
 from finetune_trainer import server, supervisor
-from finetune_trainer.errors import DataError, TrainerError, classify, error_of
+from finetune_trainer.errors import DataError, StorageError, TrainerError, classify, error_of
 from finetune_trainer.files import write_atomic
 from finetune_trainer.gang import rank_environment
 from finetune_trainer.report import termination_report
@@ -296,6 +296,21 @@ def test_an_incomplete_model_is_named(start: StartPod, assets: Assets, tmp_path:
     assert "incomplete; missing: model.safetensors" in pod.report["message"]
 
 
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json", "config.json"])
+def test_a_models_volume_that_fails_is_no_mistake_in_the_job(assets: Assets, tmp_path: Path, file: str) -> None:
+    import shutil
+
+    from finetune_api.launch import LaunchSpec
+    from finetune_trainer.model import load_model, load_tokenizer
+
+    model = shutil.copytree(assets.model, tmp_path / "model")
+    (model / file).unlink()
+    (model / file).symlink_to("/proc/self/mem")  # the kernel's own "Input/output error"
+    spec = LaunchSpec.model_validate(jobs.launch(tmp_path, model, assets.train))
+    with pytest.raises(StorageError, match=rf"model\.uri: {model} cannot be read: .*Input/output error"):
+        load_tokenizer(model, spec) if file.startswith("tokenizer") else load_model(model, spec, {})
+
+
 def test_a_loss_that_is_no_number_ends_the_attempt(start: StartPod, tmp_path: Path, assets: Assets) -> None:
     import shutil
 
@@ -341,6 +356,7 @@ CLASSES = {
     "mount-timed-out": (OSError(110, "Connection timed out"), Reason.STORAGE_ERROR),
     "no-locks": (OSError(37, "No locks available"), Reason.STORAGE_ERROR),
     "file-aborted": (OSError(103, "Software caused connection abort", "/mnt/x"), Reason.STORAGE_ERROR),
+    "rust-plain": (OSError("Input/output error (os error 5)"), Reason.STORAGE_ERROR),
     "rust": (ValueError("I/O error: Input/output error (os error 5)"), Reason.STORAGE_ERROR),
     "code": (KeyError("x"), Reason.CODE_ERROR),
     "code-file": (FileNotFoundError(2, "No such file or directory", "/x"), Reason.CODE_ERROR),

@@ -11,7 +11,7 @@ from finetune_trainer.data.formats import Sample, detect, to_sample
 from finetune_trainer.data.layout import layout_of
 from finetune_trainer.data.records import Record, read_records
 from finetune_trainer.data.sources import data_files
-from finetune_trainer.errors import ConfigError, DataError, TrainerError
+from finetune_trainer.errors import ConfigError, DataError, StorageError, TrainerError
 from tests.trainer import tiny
 
 ROWS = [{"instruction": f"say {n}", "input": "", "output": 'the, "cat"\nsleeps' if n else "a"} for n in range(2500)]
@@ -389,3 +389,11 @@ def test_half_of_a_key_is_named_and_whole_emojis_are_not() -> None:
     with pytest.raises(DataError, match=r"`tools\[0\].\\ud83d` is not valid Unicode: a lone surrogate at character 1"):
         sample({"messages": CHAT, "tools": [{"name": "f", "\ud83d": 1}]})
     assert sample(json.loads('{"text": "\\ud83d\\ude00"}')).text == "\N{GRINNING FACE}"
+
+
+@pytest.mark.parametrize("file", ["a.jsonl", "state.json"])
+def test_a_volume_that_fails_is_not_the_datas_fault(tmp_path: Path, file: str) -> None:
+    (tmp_path / "dataset_info.json").write_text("{}")
+    (tmp_path / file).symlink_to("/proc/self/mem")  # the kernel's own "Input/output error"
+    with pytest.raises(StorageError, match=rf"datasets: {tmp_path / file} cannot be read: .*Input/output error"):
+        list(read_records(tmp_path, "x"))

@@ -90,11 +90,10 @@ _OS_ERROR = re.compile(r"\(os error (\d+)\)")
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """What the system said, also where safetensors and tokenizers, written in Rust, made an exception of their own of it."""
-    if isinstance(error, OSError):
-        return error
-    said = _OS_ERROR.search(str(error))
-    return OSError(int(said[1]), str(error)) if said else None
+    """What the system said, also where safetensors and tokenizers, written in Rust, made a text of it."""
+    if said := _OS_ERROR.search(str(error)):
+        return OSError(int(said[1]), str(error))
+    return error if isinstance(error, OSError) else None
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from finetune_trainer import vision
 from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze, unwrap
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
-from finetune_trainer.errors import ConfigError
+from finetune_trainer.errors import ConfigError, reading
 from finetune_trainer.quantization import device_map, quantization_config
 from finetune_trainer.weights import weight_files
 
@@ -71,11 +71,13 @@ def load_tokenizer(path: Path, spec: LaunchSpec) -> Any:
 
     Raises:
         ConfigError: transformers cannot read it, or it does not fit the job's template.
+        StorageError: the volume fails.
     """
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
+        with reading("model.uri", path):
+            tokenizer = AutoTokenizer.from_pretrained(str(path), local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the tokenizer cannot be read: {error}") from error
     if spec.model.chat_template is not None:
@@ -91,6 +93,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
 
     Raises:
         ConfigError: the folder is no causal language model, or a target module does not exist.
+        StorageError: the volume fails.
     """
     import torch
     from safetensors import SafetensorError
@@ -108,18 +111,19 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     if spec.quantization is not None or (spec.deepspeed.zero_stage < 3 and torch.cuda.is_available()):
         placed["device_map"] = device_map()
     try:
-        config = AutoConfig.from_pretrained(str(path), local_files_only=True).to_dict()
-        sees = vision.sees(config)
-        if spec.quantization is not None:
-            placed["quantization_config"] = quantization_config(spec.quantization, spec, sees=sees)
-        model, loading = vision.model_class(config).from_pretrained(
-            str(path),
-            dtype=dtype,
-            attn_implementation="sdpa",
-            local_files_only=True,
-            output_loading_info=True,
-            **placed,
-        )
+        with reading("model.uri", path):
+            config = AutoConfig.from_pretrained(str(path), local_files_only=True).to_dict()
+            sees = vision.sees(config)
+            if spec.quantization is not None:
+                placed["quantization_config"] = quantization_config(spec.quantization, spec, sees=sees)
+            model, loading = vision.model_class(config).from_pretrained(
+                str(path),
+                dtype=dtype,
+                attn_implementation="sdpa",
+                local_files_only=True,
+                output_loading_info=True,
+                **placed,
+            )
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"model.uri: {spec.model.uri}: the model cannot be loaded: {error}") from error
     del keep_alive

@@ -13,7 +13,7 @@ import numpy as np
 
 from finetune_api.launch import LaunchSpec, LaunchVision
 from finetune_trainer.data.images import PLACEHOLDER, Floats, ImageInput
-from finetune_trainer.errors import ConfigError
+from finetune_trainer.errors import ConfigError, reading
 
 TOWER, PROJECTOR = "vision_tower", "multi_modal_projector"
 """Names of the modules, as in transformers."""
@@ -115,7 +115,8 @@ def _processor(path: Path, uri: str) -> Any:
     if not any((path / name).is_file() for name in PROCESSOR_FILES):
         raise ConfigError(f"model.uri: {uri}: {path} has no image processor ({' or '.join(PROCESSOR_FILES)})")
     try:
-        processor = AutoImageProcessor.from_pretrained(str(path), local_files_only=True, backend="pil")
+        with reading("model.uri", path):
+            processor = AutoImageProcessor.from_pretrained(str(path), local_files_only=True, backend="pil")
     except (OSError, ValueError, ImportError) as error:
         raise ConfigError(f"model.uri: {uri}: the image processor cannot be read: {error}") from error
 

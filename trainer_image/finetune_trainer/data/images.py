@@ -4,7 +4,6 @@ Only the place of an image, or the bytes of its file, is kept; it is decoded whe
 known without: in LLaVA-1.5 all images take the same number.
 """
 
-import errno
 import hashlib
 import io
 from collections.abc import Callable, Sequence
@@ -17,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from finetune_trainer.data.unicode import valid
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, reading
 
 PLACEHOLDER = "<image>"
 """Stands in a turn where an image belongs."""
@@ -29,7 +28,6 @@ ARRAYS: dict[str, type[np.generic]] = {
 }
 _INDEX_COLUMNS = 3
 """Of each image: its end in `image_sources`, its end in `image_places`, whether the source is the file's bytes."""
-_VOLUMES_FAULT = (errno.EIO, errno.ESTALE, errno.ENOTCONN)
 _DEEP_MODES = ("I", "F")
 """Of PIL, with `I;16` and its like: they would be clipped at 255 and become white."""
 Floats = npt.NDArray[np.float32]
@@ -58,12 +56,16 @@ class Image(NamedTuple):
 
         Raises:
             DataError: it cannot be read or decoded, or has more than 8 bits per channel.
+            StorageError: the volume fails.
         """
         import PIL.Image
 
         name = self.path or "its bytes"
         try:
-            with PIL.Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else name) as image:
+            with (
+                reading("datasets", Path(name)),
+                PIL.Image.open(io.BytesIO(self.source) if isinstance(self.source, bytes) else name) as image,
+            ):
                 if image.mode.startswith(_DEEP_MODES):
                     raise DataError(
                         f"{self.place}: the image {name} has mode {image.mode}, more than 8 bits per channel; convert it to "
@@ -71,8 +73,6 @@ class Image(NamedTuple):
                     )
                 return process(image)
         except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-            if isinstance(error, OSError) and error.errno in _VOLUMES_FAULT:
-                raise
             raise DataError(f"{self.place}: the image {name} cannot be decoded: {error}") from error
 
 

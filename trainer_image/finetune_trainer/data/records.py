@@ -4,7 +4,6 @@ Plain JSON and pyarrow, not the datasets library: its readers tell neither the l
 and importing it takes seconds.
 """
 
-import errno
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from finetune_trainer.data.sources import data_files
 from finetune_trainer.data.tables import Row, arrow_rows, csv_rows, parquet_rows
-from finetune_trainer.errors import DataError
+from finetune_trainer.errors import DataError, reading
 
 
 class Record(NamedTuple):
@@ -36,13 +35,13 @@ def read_records(path: Path, uri: str, split: str | None = None) -> Iterator[Rec
     Raises:
         DataError: nothing is there, or something that is not a record.
         ConfigError: `split` does not fit what is there.
+        StorageError: the volume fails.
     """
     for file in data_files(path, uri, split):
         try:
-            yield from _READERS[file.suffix](file)
+            with reading("datasets", file):
+                yield from _READERS[file.suffix](file)
         except OSError as error:
-            if error.errno in (errno.EIO, errno.ESTALE, errno.ENOTCONN):
-                raise  # the volume's fault, not the data's
             raise DataError(f"{file}: cannot be read: {error.strerror or error}") from error
 
 

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune_trainer.errors import ConfigError, DataError
+from finetune_trainer.errors import ConfigError, DataError, reading
 
 SUFFIXES = (".jsonl", ".json", ".csv", ".parquet", ".arrow")
 ALLOWED = (
@@ -36,6 +36,7 @@ def data_files(path: Path, uri: str, split: str | None) -> list[Path]:
     Raises:
         DataError: nothing is there, or a saved data set lacks a file.
         ConfigError: `split` does not fit what is there.
+        StorageError: the volume fails.
     """
     if path.is_file():
         if path.suffix not in SUFFIXES:
@@ -141,7 +142,8 @@ def _saved(folder: Path, uri: str) -> list[Path]:
 
 def _read(file: Path, uri: str) -> dict[str, Any]:
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        with reading("datasets", file):
+            value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise DataError(f"{file} ({uri}): cannot be read: {error.strerror}") from error
     except ValueError as error:
