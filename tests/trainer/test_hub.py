@@ -2,6 +2,8 @@
 
 import json
 import os
+import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from finetune_api.launch import HubSource
 from finetune_trainer.errors import HubUnavailableError
-from finetune_trainer.hub import _hub_errors
+from finetune_trainer.hub import _hub_errors, _marker
 from tests.trainer import jobs
 from tests.trainer.conftest import Assets
 from tests.trainer.hub import COMMIT, TOKEN, Hub
@@ -22,10 +24,16 @@ def source(repo: str = "team/tiny", kind: str = "model", **more: Any) -> dict[st
     return {"kind": "Hub", "repoId": repo, "repoType": kind, "revision": "main", "path": "", "tokenFile": None, **more}
 
 
-def client(what: dict[str, Any], cache: Path, endpoint: str) -> subprocess.Popen[str]:
+def client(
+    what: dict[str, Any], cache: Path, endpoint: str, largest_file: int = resource.RLIM_INFINITY
+) -> subprocess.Popen[str]:
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
+
     command = [sys.executable, "-m", "tests.trainer.hub_client", json.dumps(what), str(cache)]
     environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment, stdout=pipe, stderr=pipe, text=True, preexec_fn=limit)
 
 
 def result(process: subprocess.Popen[str]) -> dict[str, str]:
@@ -90,6 +98,43 @@ def test_a_download_that_was_cut_off_is_done_again(hub: Hub, tmp_path: Path) -> 
     (path / "config.json").unlink()
     assert Path(result(client(source(), tmp_path / "cache", hub.url))["path"]) == path
     assert (path / "config.json").is_file() and marker.read_text()
+
+
+def test_a_download_that_was_cleared_away_is_done_again(hub: Hub, tmp_path: Path) -> None:
+    path = Path(result(client(source(), tmp_path / "cache", hub.url))["path"])
+    shutil.rmtree(tmp_path / "cache" / "hub")
+    assert Path(result(client(source(), tmp_path / "cache", hub.url))["path"]) == path
+    assert (path / "config.json").is_file()
+
+
+@pytest.mark.parametrize("kind", ["full", "a file"])
+def test_a_cache_that_cannot_be_written_is_not_the_hubs_fault(hub: Hub, tmp_path: Path, kind: str) -> None:
+    cache = tmp_path / "cache"
+    if kind == "a file":
+        cache.write_text("in the way")
+    answer = result(client(source(), cache, hub.url, largest_file=2000))
+    assert answer["reason"] == "StorageError", answer
+    assert answer["message"].startswith(f"cache.uri: {cache} cannot be written: ")
+
+
+def test_every_path_of_a_repository_is_marked_by_itself(tmp_path: Path) -> None:
+    paths = ["", "a/b", "a--b", f"{'x' * 200}/{'y' * 200}"]
+    names = {_marker(HubSource(**source(path=path)), COMMIT, tmp_path).name for path in paths}
+    assert len(names) == len(paths) and max(map(len, names)) < 200
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError("Consistency check failed: file should be of size 7 but has size 5"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        TimeoutError(110, "Connection timed out"),
+    ],
+    ids=["cut", "reset", "timed-out"],
+)
+def test_errors_of_connections_are_the_hubs(error: OSError) -> None:
+    with pytest.raises(HubUnavailableError), _hub_errors(HubSource(**source()), "hf://a/b", "model"):
+        raise error
 
 
 def test_a_hub_that_stops_answering_between_files_is_waited_for() -> None:

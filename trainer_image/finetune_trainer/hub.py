@@ -5,14 +5,17 @@ each node downloads under a lock in the shared cache folder; after that nothing 
 """
 
 import fcntl
+import hashlib
 import logging
+import socket
+import ssl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune_api.launch import HubSource, PathSource
-from finetune_trainer.errors import ConfigError, HubUnavailableError
+from finetune_trainer.errors import ConfigError, HubUnavailableError, writing
 from finetune_trainer.files import write_atomic
 
 log = logging.getLogger("finetune_trainer")
@@ -53,18 +56,18 @@ def local_path(source: PathSource | HubSource, commit: str | None, cache_dir: Pa
     Raises:
         HubUnavailableError: the download failed.
         ConfigError: no access, or the repository has no such path.
+        StorageError: the cache cannot be written.
     """
     if isinstance(source, PathSource):
         return Path(source.path)
     assert commit is not None
-    marker = _marker(source, commit, cache_dir)
-    with locked(cache_dir / "locks" / f"{_name(source)}.lock"):
-        if not _is_complete(marker):
+    with writing("cache.uri", cache_dir), locked(cache_dir / "locks" / f"{_name(source)}.lock"):
+        marker, folder = _marker(source, commit, cache_dir), _downloaded(source, commit, cache_dir)
+        if folder is None:
             log.info("downloading %s at %s", uri, commit[:12])
             folder = _download(source, commit, cache_dir, uri, field, _patterns(source))
             marker.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(marker, str(folder.relative_to(cache_dir)).encode(), durable=True)
-        folder = cache_dir / marker.read_text(encoding="utf-8")
     path = folder / source.path.strip("/")
     if not path.exists():
         raise ConfigError(f"{field}: {uri}: the repository has no `{source.path}` at revision {source.revision}")
@@ -77,11 +80,15 @@ def config_ahead(source: PathSource | HubSource, commit: str | None, cache_dir: 
     Raises:
         HubUnavailableError: the download failed.
         ConfigError: no access.
+        StorageError: the cache cannot be written.
     """
-    if isinstance(source, PathSource) or commit is None or _is_complete(_marker(source, commit, cache_dir)):
+    if isinstance(source, PathSource) or commit is None:
         return None
     folder = source.path.strip("/")
-    return _download(source, commit, cache_dir, uri, "model", [f"{folder}/{CONFIG}".lstrip("/")]) / folder
+    with writing("cache.uri", cache_dir):
+        if _downloaded(source, commit, cache_dir) is not None:
+            return None
+        return _download(source, commit, cache_dir, uri, "model", [f"{folder}/{CONFIG}".lstrip("/")]) / folder
 
 
 def go_offline() -> None:
@@ -96,12 +103,18 @@ def _name(source: HubSource) -> str:
 
 
 def _marker(source: HubSource, commit: str, cache_dir: Path) -> Path:
-    """Is there once all of it has been downloaded."""
-    return cache_dir / "complete" / f"{_name(source)}--{commit}--{source.path.strip('/').replace('/', '--')}"
+    """Is there once all of it has been downloaded, and names the folder. A path may be longer than a file's name."""
+    path = hashlib.sha256(source.path.strip("/").encode()).hexdigest()[:16]
+    return cache_dir / "complete" / f"{_name(source)}--{commit}--{path}"
 
 
-def _is_complete(marker: Path) -> bool:
-    return marker.is_file() and marker.stat().st_size > 0
+def _downloaded(source: HubSource, commit: str, cache_dir: Path) -> Path | None:
+    """The repository's folder; None if it is not all there, or somebody has cleared it away."""
+    try:
+        name = _marker(source, commit, cache_dir).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return None
+    return cache_dir / name if name and (cache_dir / name).is_dir() else None
 
 
 def _patterns(source: HubSource) -> list[str]:
@@ -149,7 +162,7 @@ def locked(path: Path) -> Iterator[None]:
 
 @contextmanager
 def _hub_errors(source: HubSource, uri: str, field: str) -> Iterator[None]:
-    """Maps the hub's errors, in one place."""
+    """Maps the hub's errors, in one place. Those of the file system that is downloaded to are left as they are."""
     import httpx
     from huggingface_hub import errors as hub
 
@@ -179,7 +192,14 @@ def _hub_errors(source: HubSource, uri: str, field: str) -> Iterator[None]:
             raise ConfigError(_denied(source, uri, field, code)) from error
         raise HubUnavailableError(f"{field}.uri: the hub answered {code} for {uri}: {error}") from error
     except (httpx.HTTPError, hub.OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, OSError) and _is_of_files(error):
+            raise
         raise HubUnavailableError(f"{field}.uri: no hub answered for {uri}: {error}") from error
+
+
+def _is_of_files(error: OSError) -> bool:
+    of_connections = ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError
+    return error.filename is not None or (error.errno is not None and not isinstance(error, of_connections))
 
 
 def _denied(source: HubSource, uri: str, field: str, code: int) -> str:
