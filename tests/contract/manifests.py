@@ -234,6 +234,7 @@ BAD: dict[str, Bad] = {
     "traces inside the output": Bad(
         "spec.tracking.profiler.uri", "pvc://finetune/out/traces", ("`tracking.profiler.uri` must not be inside",)
     ),
+    "cache inside the output": Bad("spec.cache.uri", "pvc://finetune/out/cache", ("`cache.uri` must not be inside",)),
     "a profile of no step": Bad(
         "spec.tracking.profiler", {"uri": "pvc://traces", "active": 0}, ("spec.tracking.profiler.active", "equal to 1")
     ),

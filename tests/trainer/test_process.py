@@ -240,6 +240,7 @@ WRONG_LAUNCH = {
     "contradiction": ({"training__globalBatchSize": 5}, ["training.globalBatchSize", "got 5"]),
     "no-model": ({"model__source": {"kind": "Path", "path": "/none"}}, ["model.uri", "/none"]),
     "too-long": ({"training__maxLength": 129}, ["training.maxLength", "129", "128 positions"]),
+    "cache": ({"outputDir": "/out", "cacheDir": "/out/cache"}, ["cache.uri", "must not be inside output.uri (/out)"]),
     "target": ({"adapter__targetModules": ["wqkv"]}, ["adapter.targetModules", "wqkv", "q_proj"]),
 }
 

@@ -149,10 +149,15 @@ def _check_data(spec: LaunchSpec) -> None:
 def _check_output(spec: LaunchSpec) -> None:
     if spec.output.merge_adapter and spec.method != "LoRA":
         raise ConfigError("output.mergeAdapter: is only for method LoRA")
-    trackers = {"tensorBoard": spec.tracking.tensor_board, "profiler": spec.tracking.profiler}
-    for name, tracker in trackers.items():
-        if tracker is not None and Path(tracker.dir).is_relative_to(spec.output_dir):
-            raise ConfigError(f"tracking.{name}.uri: must not be inside output.uri ({spec.output_dir})")
+    board, profiler = spec.tracking.tensor_board, spec.tracking.profiler
+    folders = {
+        "tracking.tensorBoard": board.dir if board else None,
+        "tracking.profiler": profiler.dir if profiler else None,
+        "cache": spec.cache_dir,
+    }
+    for block, folder in folders.items():
+        if folder is not None and Path(folder).is_relative_to(spec.output_dir):
+            raise ConfigError(f"{block}.uri: must not be inside output.uri ({spec.output_dir})")
 
 
 def _check_evaluation(spec: LaunchSpec) -> None:

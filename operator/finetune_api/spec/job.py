@@ -49,12 +49,14 @@ def _immutable(name: str) -> tuple[str, str]:
     )
 
 
-def _outside_output(tracker: str) -> tuple[str, str]:
-    uri = f"self.tracking.{tracker}.uri"
+def _outside_output(*block: str) -> tuple[str, str]:
+    parts = [".".join(block[: end + 1]) for end in range(len(block))]
+    absent = " || ".join(f"!has(self.{part})" for part in parts)
+    uri = f"{parts[-1]}.uri"
     return (
-        f"!has(self.tracking) || !has(self.tracking.{tracker}) || !({uri} + '/')"
+        f"{absent} || !(self.{uri} + '/')"
         ".startsWith(self.output.uri.endsWith('/') ? self.output.uri : self.output.uri + '/')",
-        f"`tracking.{tracker}.uri` must not be inside `output.uri`, which is replaced as a whole at the end",
+        f"`{uri}` must not be inside `output.uri`, which is replaced as a whole at the end",
     )
 
 
@@ -84,7 +86,9 @@ class FineTuneJobSpec(ApiModel):
             ),
             *combinations.cel_rules(),
             ("self.method == 'LoRA' || !self.output.mergeAdapter", "`output.mergeAdapter` is only for `method: LoRA`"),
-            *map(_outside_output, ("tensorBoard", "profiler")),
+            _outside_output("tracking", "tensorBoard"),
+            _outside_output("tracking", "profiler"),
+            _outside_output("cache"),
             (
                 "self.training.globalBatchSize"
                 " % (self.training.microBatchSize * self.trainer.numNodes * self.trainer.numProcPerNode) == 0",

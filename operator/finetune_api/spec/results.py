@@ -83,4 +83,4 @@ class TrackingSpec(ApiModel):
 class CacheSpec(ApiModel):
     uri: VolumeUri
     """Folder for `hf://` downloads, tokenised data and compiled code, shared by jobs; each file is downloaded once. The code is
-    run, so jobs that share it trust each other."""
+    run, so jobs that share it trust each other. Not inside `output.uri`."""
