@@ -235,3 +235,39 @@ def test_a_newer_attempt_that_comes_during_the_export_keeps_the_output(
     pod = start(training__maxSteps=1, evaluation=[])
     assert pod.wait() == FAILURES[Reason.SUPERSEDED].exit_code, pod.log
     assert [path.name for path in (tmp_path / "output").iterdir()] == ["finetunejob.json"]
+
+
+def test_an_output_folder_in_a_closed_one_is_filled_in_place(
+    start: StartPod, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its claim can be written, so the job trains; beside it nothing can."""
+    monkeypatch.setenv("TEST_HOOK", "tests.trainer.closed_hook")
+    output = tmp_path / "closed" / "out"
+    output.mkdir(parents=True)
+    output.parent.chmod(0o555)
+    try:
+        start(outputDir=str(output), training__maxSteps=1, evaluation=[]).done()
+        assert (output / "adapter_model.safetensors").is_file() and not list(output.glob(".*"))
+    finally:
+        output.parent.chmod(0o755)
+
+
+def test_a_whole_model_in_the_place_of_an_adapter_is_no_adapter(start: StartPod, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    output = tmp_path / "out"
+    for number, method in enumerate(({}, jobs.FULL)):
+        start(
+            tmp_path / str(number),
+            **method,
+            job={"namespace": "team", "name": "tiny", "uid": f"uid-{number}"},
+            outputDir=str(output),
+            checkpoint__dir=str(output / "checkpoints" / f"tiny-{number}"),
+            training__maxSteps=1,
+            evaluation=[],
+        ).done()
+    assert not (output / "adapter_config.json").exists()
+    assert torch.equal(
+        AutoModelForCausalLM.from_pretrained(output).get_input_embeddings().weight,
+        load_file(output / "model.safetensors")["model.embed_tokens.weight"],
+    )

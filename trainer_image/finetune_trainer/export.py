@@ -1,11 +1,13 @@
 """Writes the result in Hugging Face layout: the adapter (and, if the job wants it, the merged model), or the whole model.
 
 The weights are the ones that were evaluated, in their own precision, in an order that depends on nothing: the same weights
-give the same bytes. The folder is written beside its place and renamed into it; where that cannot be (the root of a volume,
-or a folder that also holds the checkpoints) files are moved in one by one and the result file comes last.
+give the same bytes. The folder is written beside its place and renamed into it; where that cannot be (the root of a volume, a
+folder that also holds the checkpoints, or one in a folder that is closed to the trainer) files are moved in one by one and the
+result file comes last.
 """
 
 import logging
+import os
 import shutil
 from glob import escape
 from pathlib import Path
@@ -24,6 +26,7 @@ from finetune_trainer.tensor_file import write_tensors
 from finetune_trainer.vision import PROCESSOR_FILES, PROJECTOR, TOWER, part_of
 
 RESULT_FILE = "train_result.json"
+ADAPTER_CONFIG = "adapter_config.json"
 MERGED_FOLDER = "merged"
 FILE_MODE, DIRECTORY_MODE = 0o644, 0o755
 """transformers and peft write some files for their owner alone; a result is for others to read."""
@@ -49,7 +52,9 @@ def write_output(
         SupersededError: a newer attempt owns the job; the output is as it was.
     """
     final = Path(spec.output_dir)
-    in_place = final.is_mount() or Path(spec.checkpoint.dir).is_relative_to(final)
+    in_place = (
+        final.is_mount() or Path(spec.checkpoint.dir).is_relative_to(final) or not os.access(final.parent, os.W_OK)
+    )
     parent = final if in_place else final.parent
     ours = f".{final.name or 'output'}.tmp-{spec.job.uid}-"
     temporary = parent / f"{ours}{spec.attempt}"
@@ -172,7 +177,7 @@ def _replace(temporary: Path, final: Path) -> None:
 
 
 def _move_files(temporary: Path, final: Path) -> None:
-    """Fills the root of a volume: the old result file goes first, the new one comes last."""
+    """Fills a folder that cannot be replaced: the old result file goes first, the new one comes last."""
     (final / RESULT_FILE).unlink(missing_ok=True)
     names = sorted((p.name for p in temporary.iterdir()), key=lambda name: (name == RESULT_FILE, name))
     for name in names:
@@ -182,8 +187,9 @@ def _move_files(temporary: Path, final: Path) -> None:
         (temporary / name).replace(target)
     if MERGED_FOLDER not in names and (final / MERGED_FOLDER / OUTPUT_FILE).is_file():  # of an earlier run
         shutil.rmtree(final / MERGED_FOLDER)
-    for path in final.glob("*.safetensors*"):  # of an earlier run with more files; anything else is left alone
+    # Of an earlier run with more files, or with an adapter, which would be put on the new model. Anything else is left alone.
+    for path in (*final.glob("*.safetensors*"), final / ADAPTER_CONFIG):
         if path.name not in names:
-            path.unlink()
+            path.unlink(missing_ok=True)
     temporary.rmdir()
     fsync_path(final)
