@@ -1,5 +1,6 @@
 """Tokenised data in the cache: taken again, rebuilt when damaged, in bounded memory, and the report before training."""
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ import pytest
 
 from finetune_api.launch import LaunchDataset
 from finetune_api.spec import Overlong
+from finetune_trainer.data import cache as cached
 from finetune_trainer.data.cache import cached_store
 from finetune_trainer.data.chat_templates import fix_date
 from finetune_trainer.data.store import TokenStore, read_meta
@@ -123,6 +125,76 @@ def test_a_cache_that_cannot_be_written_is_done_without(tmp_path: Path, caplog: 
         assert cache.get() == tmp_path / "own"
     assert "tokenised for this attempt only" in caplog.text
     assert len(TokenStore.load(tmp_path / "own")) == 20
+
+
+def test_room_is_made_before_an_entry_is_built_and_its_lock_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'r+'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+    cache = Cache(tmp_path)
+    unused = cache.get(48)
+    os.utime(tmp_path / "cache" / "locks" / f"tokens-{unused.name}.lock", (0, 0))
+    build, seen = cached.build_store, list[bool]()
+
+    def look(*arguments: Any, folder: Path, **options: Any) -> None:
+        key = folder.name.split(".")[1]
+        lock = tmp_path / "cache" / "locks" / f"tokens-{key}.lock"
+        other = subprocess.run([sys.executable, "-c", program, str(lock)], stderr=subprocess.DEVNULL)
+        seen.extend([unused.exists(), other.returncode == 0])
+        build(*arguments, folder=folder, **options)
+
+    monkeypatch.setattr(cached, "build_store", look)
+    assert cache.get(40).exists() and seen == [False, False]
+
+
+def test_a_cache_that_is_full_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, build = Cache(tmp_path), cached.build_store
+
+    def full(*arguments: Any, folder: Path, **options: Any) -> None:
+        if folder.is_relative_to(tmp_path / "cache"):
+            folder.mkdir()
+            (folder / "ids.bin").symlink_to("/dev/full")
+        build(*arguments, folder=folder, **options)
+
+    monkeypatch.setattr(cached, "build_store", full)
+    assert cache.get() == tmp_path / "own"
+    assert "No space left on device" in caplog.text and "tokenised for this attempt only" in caplog.text
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == []
+
+
+def test_what_another_node_has_built_meanwhile_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks of some network volumes hold within a node only."""
+    cache, build = Cache(tmp_path), cached.build_store
+
+    def twice(*arguments: Any, folder: Path, **options: Any) -> None:
+        build(*arguments, folder=folder, **options)
+        build(*arguments, folder=folder.with_name(folder.name.split(".")[1]), **options)
+
+    monkeypatch.setattr(cached, "build_store", twice)
+    folder = cache.get()
+    assert list((tmp_path / "cache" / "tokens").iterdir()) == [folder]
+
+
+@pytest.mark.parametrize(("times", "taken"), [(1, True), (2, False)], ids=["once", "for-long"])
+def test_an_entry_that_cannot_be_read_is_not_taken_for_a_damaged_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, times: int, taken: bool
+) -> None:
+    """Another job may be training on it."""
+    cache, load, left = Cache(tmp_path), TokenStore.load, [None] * times
+    folder = cache.get()
+    inode = folder.stat().st_ino
+
+    def stale(path: Path) -> TokenStore:
+        if left:
+            left.pop()
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return load(path)
+
+    monkeypatch.setattr(TokenStore, "load", stale)
+    assert cache.get() == (folder if taken else tmp_path / "own")
+    assert folder.stat().st_ino == inode
 
 
 MEMORY = """

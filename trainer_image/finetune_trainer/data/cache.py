@@ -13,7 +13,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -92,7 +92,7 @@ def cached_store(
 
     Args:
         cache_dir: shared by pods and jobs.
-        fallback: a folder of this pod, used where the cache cannot be written.
+        fallback: a folder of this pod, used where the cache cannot be.
         datasets: each with the local path of its files.
         encoder: of the model's tokenizer.
         max_length: tokens of the longest sample.
@@ -104,37 +104,57 @@ def cached_store(
         ConfigError: the tokenizer does not fit the data.
     """
     key = cache_key(datasets, encoder, max_length, overlong, beat)
-    folder = cache_dir / "tokens" / key
-    with ExitStack() as stack:
-        try:
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(locked(cache_dir / "locks" / f"tokens-{key}.lock"))
-        except OSError as error:
-            log.warning("%s cannot be written (%s): data is tokenised for this attempt only", cache_dir, error)
-            build_store(datasets, encoder, max_length, beat, overlong=overlong, folder=fallback)
-            return fallback
-        if _usable(folder, beat):
-            log.info("tokenised data: taken from the cache, %s", folder)
+    folder, lock = cache_dir / "tokens" / key, cache_dir / "locks" / f"tokens-{key}.lock"
+
+    def build(place: Path) -> None:
+        build_store(datasets, encoder, max_length, beat, overlong=overlong, folder=place)
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with locked(lock):
+            if _is_whole(folder, beat):
+                log.info("tokenised data: taken from the cache, %s", folder)
+                return folder
+            _forget_unused(cache_dir, besides=lock)
+            _add(folder, build)
             return folder
-        for rest in folder.parent.glob(f".{key}.*"):  # of a builder that was killed: the lock is ours now
-            shutil.rmtree(rest, ignore_errors=True)
-        temporary = folder.parent / f".{key}.{socket.gethostname()}-{os.getpid()}"
-        try:
-            build_store(datasets, encoder, max_length, beat, overlong=overlong, folder=temporary)
-            for file in temporary.iterdir():
-                fsync_path(file)
-            temporary.rename(folder)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
-        fsync_path(folder.parent)
-    _forget_unused(cache_dir)
-    return folder
+    except OSError as error:
+        with suppress(OSError):  # locks that nodes do not see of each other let two build the same
+            if _is_whole(folder, beat):
+                return folder
+        log.warning("%s cannot be used (%s): data is tokenised for this attempt only", cache_dir, error)
+    build(fallback)
+    return fallback
 
 
-def _forget_unused(cache_dir: Path) -> None:
-    """Deletes the entries that no attempt has begun with for long. A lock is as old as its entry's last use."""
+def _add(folder: Path, build: Callable[[Path], None]) -> None:
+    """Builds an entry in the place of a damaged one, if there is one; the caller has its lock."""
+    if folder.exists():
+        shutil.rmtree(folder)
+    for rest in folder.parent.glob(f".{folder.name}.*"):  # of a builder that was killed
+        shutil.rmtree(rest, ignore_errors=True)
+    temporary = folder.parent / f".{folder.name}.{socket.gethostname()}-{os.getpid()}"
+    try:
+        build(temporary)
+        for file in temporary.iterdir():
+            fsync_path(file)
+        temporary.rename(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    fsync_path(folder.parent)
+
+
+def _forget_unused(cache_dir: Path, besides: Path) -> None:
+    """Deletes the entries that no attempt has begun with for long. A lock is as old as its entry's last use.
+
+    Args:
+        cache_dir: shared by pods and jobs.
+        besides: the lock that this process holds, which closing the file would release.
+    """
     for path in (cache_dir / "locks").glob("tokens-*.lock"):
+        if path == besides:
+            continue
         with suppress(OSError), path.open("r+") as file:
             # Raises where it is in use, as `open` where it is another user's.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -144,8 +164,12 @@ def _forget_unused(cache_dir: Path) -> None:
                 log.info("tokenised data: %s was not used for %d days and is deleted", entry, UNUSED_SECONDS // 86400)
 
 
-def _usable(folder: Path, beat: Callable[[], None]) -> bool:
-    """Whether the cache has the entry; a damaged one is removed."""
+def _is_whole(folder: Path, beat: Callable[[], None]) -> bool:
+    """Whether the cache has the entry, as it was written.
+
+    Raises:
+        OSError: the volume does not give it, which is no damage: another attempt may be training on it.
+    """
     if not folder.exists():
         return False
     beat()
@@ -154,10 +178,9 @@ def _usable(folder: Path, beat: Callable[[], None]) -> bool:
         if store.digest() == read_meta(folder)["digest"] and _counted(store):
             return True
         error = "its SHA-256 is not the one that was written"
-    except (OSError, ValueError) as caught:
+    except (FileNotFoundError, ValueError) as caught:
         error = str(caught)
     log.warning("tokenised data: %s in the cache is damaged (%s); it is built again", folder, error)
-    shutil.rmtree(folder)
     return False
 
 
