@@ -102,7 +102,9 @@ FAILURES: dict[Reason, Failure] = {
         90, Recovery.RESTART, "A rank was killed by a signal: look for host memory pressure on its node."
     ),
     Reason.STORAGE_ERROR: Failure(
-        91, Recovery.RESTART, "A volume is full, read-only or gone: check the claim's capacity and permissions."
+        91,
+        Recovery.RESTART,
+        "A volume is full, read-only, failing or gone: check what the message names, the claim's capacity and permissions.",
     ),
     Reason.HUB_UNAVAILABLE: Failure(
         92,
