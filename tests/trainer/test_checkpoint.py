@@ -196,8 +196,16 @@ def test_a_save_that_a_newer_attempt_has_cleared_away_is_superseded(tmp_path: Pa
         old._commit(half, Progress(step=4), {})
 
 
-def test_parts_that_rank_0_does_not_see_make_no_checkpoint(tmp_path: Path) -> None:
+def test_a_part_that_rank_0_sees_later_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    half = mf.temporary_folder(tmp_path, 4, attempt=1)
+    half.mkdir()
+    monkeypatch.setattr("time.sleep", lambda _: (half / "rank-00001.safetensors").write_bytes(b"1234"))
+    checkpoints(tmp_path, 1)._check_written(half, {"rank-00001.safetensors": {"sha256": "", "size_bytes": 4}})
+
+
+def test_parts_that_rank_0_does_not_see_make_no_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nodes with a folder each under the same path."""
+    monkeypatch.setattr("finetune_trainer.checkpoint.SEEN_SECONDS", 0.0)
     own = checkpoints(tmp_path, 1)
     half = mf.temporary_folder(tmp_path, 4, attempt=1)
     half.mkdir()

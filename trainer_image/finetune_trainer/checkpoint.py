@@ -34,6 +34,8 @@ from finetune_trainer.tensor_file import write_tensors
 from finetune_trainer.versions import versions
 
 FIRST_POLL_SECONDS, LAST_POLL_SECONDS = 0.005, 0.25
+SEEN_SECONDS = 10.0
+"""A network file system may show what another node has written so much later."""
 log = logging.getLogger("finetune_trainer")
 
 
@@ -230,12 +232,15 @@ class Checkpoints:
 
     def _check_written(self, temporary: Path, files: dict[str, dict[str, Any]]) -> None:
         """Nodes that have a folder each under this path would make a checkpoint of which every node has only its own part."""
+        end = time.monotonic() + SEEN_SECONDS
         for name, entry in files.items():
-            if problem := mf.verify_size(temporary, name, entry):
-                raise StorageError(
-                    f"checkpoint.uri: rank 0 does not see what another rank has written: {problem} in {temporary}; "
-                    f"{self.root} must be one volume for all pods"
-                )
+            while problem := mf.verify_size(temporary, name, entry):
+                if time.monotonic() >= end:
+                    raise StorageError(
+                        f"checkpoint.uri: rank 0 does not see what another rank has written: {problem} in {temporary}; "
+                        f"{self.root} must be one volume for all pods"
+                    )
+                time.sleep(LAST_POLL_SECONDS)
 
     def _candidates(self) -> list[str]:
         assert self.claim is not None
