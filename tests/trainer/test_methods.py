@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from finetune_api.launch import LaunchFreeze, LaunchSpec
-from finetune_api.spec import ActivationCheckpointing
-from finetune_trainer import engine
+from finetune_api.spec import ActivationCheckpointing, AdapterVariant
+from finetune_trainer import engine, lora_linear
 from finetune_trainer.activation_checkpointing import checkpoint_activations, is_kept
 from finetune_trainer.adapters import freeze
 from finetune_trainer.deepspeed_block import check_block, merged
@@ -159,6 +159,47 @@ def test_quantised_forward_is_near_the_plain_one(assets: Assets) -> None:
         )
     errors = [((other - plain_).norm() / plain_.norm()).item() for other in (four, eight)]
     assert 0 < errors[1] < errors[0] < 0.3
+
+
+EVALUATED: dict[str, dict[str, Any]] = {
+    "some layers": {"adapter__targetModules": ["q_proj", "v_proj"]},
+    "dora": {"adapter__variant": "DoRA"},
+}
+
+
+@pytest.mark.parametrize("changes", EVALUATED.values(), ids=EVALUATED)
+def test_gradients_after_an_evaluation_are_those_of_plain_peft(
+    assets: Assets, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With 4 bits, on a CPU of the kind for which bitsandbytes lays weights out anew."""
+    import bitsandbytes
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    spec = spec_of(assets, **QLORA, **changes, training__precision="FP32")
+    adapter = spec.adapter
+    assert adapter is not None
+    four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    base = AutoModelForCausalLM.from_pretrained(assets.model, dtype=torch.float32, quantization_config=four)
+    every = adapter.target_modules == ["All"]
+    config = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules="all-linear" if every else adapter.target_modules,
+        use_dora=adapter.variant is AdapterVariant.DORA,
+    )
+    torch.manual_seed(spec.training.seed)
+    expected = run(get_peft_model(base, config).train())
+    model = load(assets, **QLORA, **changes, training__precision="FP32")
+    lora_linear.install(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=torch.arange(3, 40).reshape(1, -1))
+    found = run(model.train())
+    assert found[0] == pytest.approx(expected[0], rel=1e-5)
+    norms = [{name: gradient.norm().item() for name, gradient in each[1].items()} for each in (found, expected)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", ["AdamW", "AdamW8bit", "PagedAdamW", "PagedAdamW8bit"])

@@ -16,7 +16,7 @@ from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze, unwrap
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError, reading
-from finetune_trainer.quantization import device_map, quantization_config
+from finetune_trainer.quantization import device_map, keep_packing, quantization_config
 from finetune_trainer.weights import weight_files
 
 log = logging.getLogger("finetune_trainer")
@@ -135,6 +135,8 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         )
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
+    if spec.quantization is not None:
+        keep_packing(model)
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec)
     elif spec.freeze is not None:

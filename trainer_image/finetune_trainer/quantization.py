@@ -42,3 +42,14 @@ def device_map() -> dict[str, Any]:
     import torch
 
     return {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
+
+
+def keep_packing(model: Any) -> None:
+    """Leaves 4-bit weights as they are loaded.
+
+    On CPUs with AVX512-BF16 bitsandbytes lays a weight out anew in its first forward pass outside training, for a product without
+    a backward pass. Any evaluation would do it, and from then on no gradient goes through the layer, without an error.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
