@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from finetune_trainer.memory import (
     read_shapes,
     shapes_of_config,
 )
-from tests.trainer import jobs
+from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 from tests.trainer.hub import Hub
 from tests.trainer.test_methods import FULL, load
@@ -122,6 +123,19 @@ def test_as_many_are_counted_as_the_trainer_trains(assets: Assets, changes: dict
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     spec = LaunchSpec.model_validate(jobs.launch(Path("/x"), assets.model, assets.train, **changes))
     assert num_trained(read_shapes(assets.model), spec) == trained
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_are_not_counted_as_quantised(assets: Assets, tmp_path: Path, bits: int) -> None:
+    """transformers fuses them into one weight, which bitsandbytes does not replace; the files hold each by itself."""
+    model = tiny.make_other(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2)
+    quantised = {"method": "QLoRA", "quantization": {"bits": bits, "doubleQuantization": True}, **lora(4, ["q_proj"])}
+    loaded = load(replace(assets, model=model), **quantised)
+    held = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    need = needed(read_shapes(model), launch(**quantised)).weights
+    assert 0.99 * held < need <= held
+    from_config = needed(shapes_of_config(model), launch(**quantised)).weights
+    assert 0.99 * held < from_config <= held
 
 
 REFUSED: dict[str, tuple[dict[str, Any], Capacity, list[str]]] = {

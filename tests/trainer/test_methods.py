@@ -1,6 +1,7 @@
 """What is trained and with what: adapters, layers, quantised bases, optimizers, kept activations. In this process, no pods."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.model import load_model
 from finetune_trainer.optimizers import build_optimizer
 from finetune_trainer.quirks import tame_deepspeed
-from tests.trainer import jobs
+from tests.trainer import jobs, tiny
 from tests.trainer.conftest import Assets, StartPod
 from tests.trainer.jobs import FULL, QLORA
 
@@ -159,6 +160,25 @@ def test_quantised_forward_is_near_the_plain_one(assets: Assets) -> None:
         )
     errors = [((other - plain_).norm() / plain_.norm()).item() for other in (four, eight)]
     assert 0 < errors[1] < errors[0] < 0.3
+
+
+@pytest.mark.parametrize("changes", [QLORA, EIGHT], ids=["4 bits", "8 bits"])
+def test_which_share_is_quantised_is_told(
+    assets: Assets, changes: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of 94,528: 73,728 of the linear layers, not 20,480 of the embedding and 320 of the norms."""
+    with caplog.at_level("INFO", "finetune_trainer"):
+        load(assets, **changes)
+    assert "quantised: 78.0 % of the weights" in caplog.messages
+
+
+@pytest.mark.parametrize("changes", [QLORA, EIGHT], ids=["4 bits", "8 bits"])
+def test_a_model_of_which_nothing_is_quantised_is_refused(
+    assets: Assets, tmp_path: Path, changes: dict[str, Any]
+) -> None:
+    falcon = replace(assets, model=tiny.make_other(tmp_path, "falcon"))
+    with pytest.raises(ConfigError, match=r"method: QLoRA: no weight of FalconForCausalLM .* can be quantised"):
+        load(falcon, **changes)
 
 
 EVALUATED: dict[str, dict[str, Any]] = {

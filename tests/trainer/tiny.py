@@ -45,19 +45,37 @@ def make_model(folder: Path, *, layers: int = 2, dtype: str = "bfloat16", tied: 
     return folder
 
 
+def make_other(folder: Path, kind: str, **sizes: Any) -> Path:
+    """Saves a random model of another of transformers' kinds, as small, with its tokenizer."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **_sizes(tokenizer), **sizes))
+    model.to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 def _llama_config(tokenizer: Any, **others: Any) -> Any:
     from transformers import LlamaConfig
 
-    sizes = {
+    return LlamaConfig(**{**_sizes(tokenizer), **others})
+
+
+def _sizes(tokenizer: Any) -> dict[str, Any]:
+    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    return {
+        "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "max_position_embeddings": 128,
+        **ids,
     }
-    ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    return LlamaConfig(vocab_size=len(tokenizer), **{**sizes, **ids, **others})
 
 
 def make_llava(folder: Path, *, template: str | None = CHATML, max_positions: int = 256, siglip: bool = False) -> Path:

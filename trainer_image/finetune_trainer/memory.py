@@ -126,9 +126,14 @@ def _by_method(shapes: Shapes, spec: LaunchSpec) -> int:
 
 
 def _linear(shapes: Shapes) -> list[str]:
-    """The weights of the language model's linear layers: adapters are put on these, and these are quantised."""
+    """The weights of the language model's linear layers: adapters are put on these."""
     matrices = (n for n, shape in shapes.items() if len(shape) == 2 and n.endswith(".weight"))
     return [n for n in matrices if not _NO_LAYER.search(n) and vision.part_of(n) is None]
+
+
+def _quantisable(shapes: Shapes) -> list[str]:
+    """Those of them that are linear layers in memory too: transformers fuses a mixture's experts, which stay as they are."""
+    return [name for name in _linear(shapes) if ".experts." not in name]
 
 
 def _unfrozen(shapes: Shapes, chosen: LaunchFreeze) -> Iterator[str]:
@@ -154,7 +159,7 @@ def needed(shapes: Shapes, spec: LaunchSpec) -> Needed:
     size = 4 if precision is Precision.FP32 else 2
     weights = float(size * sum(map(prod, shapes.values())))
     if spec.quantization is not None:
-        weights -= (size - spec.quantization.bits / 8) * sum(prod(shapes[name]) for name in _linear(shapes))
+        weights -= (size - spec.quantization.bits / 8) * sum(prod(shapes[name]) for name in _quantisable(shapes))
     masters = trains_masters(spec)  # float32 themselves
     if spec.adapter is not None:
         weights += (4 if masters else size) * trained

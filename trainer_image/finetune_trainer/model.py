@@ -16,7 +16,7 @@ from finetune_trainer.activation_checkpointing import checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze, unwrap
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError, reading
-from finetune_trainer.quantization import device_map, keep_packing, quantization_config
+from finetune_trainer.quantization import check_quantised, device_map, keep_packing, quantization_config
 from finetune_trainer.weights import weight_files
 
 log = logging.getLogger("finetune_trainer")
@@ -92,7 +92,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     Under ZeRO-3 every weight is partitioned as it is created, so no rank ever holds the whole model.
 
     Raises:
-        ConfigError: the folder is no causal language model, or a target module does not exist.
+        ConfigError: the folder is no causal language model, nothing of it can be quantised, or a target module does not exist.
         StorageError: the volume fails.
     """
     import torch
@@ -136,6 +136,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ConfigError(f"model.uri: {spec.model.uri}: {type(model).__name__} is no causal language model known here")
     if spec.quantization is not None:
+        check_quantised(model, spec.model.uri)
         keep_packing(model)
     if spec.adapter is not None:
         model = add_adapter(model, spec.adapter, spec)

@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune_api.launch import LaunchQuantization, LaunchSpec
 from finetune_api.spec import Precision, QuantizationBits
+from finetune_trainer.errors import ConfigError
 from finetune_trainer.vision import PROJECTOR, TOWER
 
 log = logging.getLogger("finetune_trainer")
@@ -17,7 +18,7 @@ log = logging.getLogger("finetune_trainer")
 
 def quantization_config(quantization: LaunchQuantization, spec: LaunchSpec, *, sees: bool) -> Any:
     """What `from_pretrained` takes as `quantization_config`: NF4 or LLM.int8() for every linear layer of the language model but
-    the head."""
+    the head. The experts of a mixture are no linear layers: transformers fuses them into one weight."""
     import torch
     from transformers import BitsAndBytesConfig
 
@@ -53,3 +54,21 @@ def keep_packing(model: Any) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+
+
+def check_quantised(model: Any, uri: str) -> None:
+    """Logs which share of a model's weights is quantised.
+
+    Raises:
+        ConfigError: none is; bitsandbytes replaces plain linear layers only, not those of a class of the model's own.
+    """
+    layers = [m for m in model.modules() if type(getattr(m, "weight", None)).__name__ in ("Params4bit", "Int8Params")]
+    if not layers:
+        raise ConfigError(
+            f"method: QLoRA: no weight of {type(model).__name__} ({uri}) can be quantised: its linear layers are of a class of "
+            "their own; use `method: LoRA`"
+        )
+    packed = {id(layer.weight) for layer in layers}
+    quantised = sum(layer.in_features * layer.out_features for layer in layers)
+    whole = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in packed)
+    log.info("quantised: %.1f %% of the weights", 100 * quantised / (quantised + whole))

@@ -63,6 +63,7 @@ class FreezeSpec(ApiModel):
 
 class QuantizationSpec(ApiModel):
     bits: QuantizationBits = QuantizationBits.FOUR
-    """4: NF4 in blocks of 64. 8: LLM.int8(). The layers that get no adapter are quantised as well, all but the head."""
+    """4: NF4 in blocks of 64. 8: LLM.int8(). The layers that get no adapter are quantised as well, all but the head and
+    the experts of a mixture."""
     double_quantization: bool = True
     """Quantise the scales of the 4-bit blocks again; it saves 0.4 bits a parameter. Without effect for 8 bits."""
