@@ -84,6 +84,9 @@ BAD: dict[str, Bad] = {
     "rank 0": Bad("spec.adapter.rank", 0, ("spec.adapter.rank", "greater than or equal to 1")),
     "dropout 1": Bad("spec.adapter.dropout", "1.0", ("spec.adapter.dropout", "from 0 up to, but not including, 1")),
     "no target modules": Bad("spec.adapter.targetModules", [], ("spec.adapter.targetModules", "at least 1")),
+    "all target modules and one more": Bad(
+        "spec.adapter.targetModules", ["All", "lm_head"], ("spec.adapter", "`All` of `targetModules` stands alone")
+    ),
     "learning rate in words": Bad(
         "spec.training.learningRate", "fast", ("spec.training.learningRate", "decimal number", "0.0002")
     ),

@@ -181,6 +181,30 @@ def test_a_model_of_which_nothing_is_quantised_is_refused(
         load(falcon, **changes)
 
 
+@pytest.mark.parametrize(
+    ("targets", "lost"),
+    [
+        (["q_proj", "v_porj"], "v_porj"),
+        (["All", "lm_head"], "All"),
+        (["1.mlp.up_proj", "2.mlp.up_proj"], "2.mlp.up_proj"),
+    ],
+)
+def test_a_target_that_is_not_there_is_told(assets: Assets, targets: list[str], lost: str) -> None:
+    says = rf"adapter\.targetModules: {lost} does not fit .*; its linear layers are .*lm_head.* v_proj"
+    with pytest.raises(ConfigError, match=says):
+        load(assets, adapter__targetModules=targets)
+
+
+def test_targets_of_experts_are_those_of_the_models_files(assets: Assets, tmp_path: Path) -> None:
+    mixtral = replace(assets, model=tiny.make_other(tmp_path, "mixtral", num_local_experts=4, num_experts_per_tok=2))
+    model = load(mixtral, adapter__targetModules=["q_proj", "w1", "w2", "w3"])
+    assert any("experts" in name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    with pytest.raises(ConfigError, match=r"adapter\.targetModules: w4 does not fit"):
+        load(mixtral, adapter__targetModules=["q_proj", "w1", "w3", "w4"])
+    with pytest.raises(ConfigError, match="without also targeting w3"):
+        load(mixtral, adapter__targetModules=["w1"])
+
+
 EVALUATED: dict[str, dict[str, Any]] = {
     "some layers": {"adapter__targetModules": ["q_proj", "v_proj"]},
     "dora": {"adapter__variant": "DoRA"},

@@ -615,6 +615,7 @@ def test_memory_is_reckoned_for_what_is_trained(seeing: Seeing, name: str) -> No
     ("targets", "says"),
     [
         (["fc1"], r"adapter\.targetModules: fc1 does not fit .*; its linear layers are .*q_proj"),
+        (["q_proj", "fc1"], r"adapter\.targetModules: fc1 does not fit .*; its linear layers are .*q_proj"),
         (
             ["multi_modal_projector.linear_1"],
             r"names a layer in multi_modal_projector, which `vision\.projectorLearningRate` trains",

@@ -1,5 +1,6 @@
 """Which weights are trained: adapters put on a model, or some of its own layers unfrozen."""
 
+import copy
 import re
 from typing import Any
 
@@ -37,18 +38,39 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
         task_type="CAUSAL_LM",
     )
     linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    refused = (
+        f"adapter.targetModules: {{}} does not fit {spec.model.uri}; its linear layers are {', '.join(sorted(linear))}"
+    )
     try:
+        names = _names_of_modules(config, model)
         model = get_peft_model(model, config)
     except ValueError as error:
-        raise ConfigError(
-            f"adapter.targetModules: {', '.join(targets)} does not fit {spec.model.uri}; its linear layers are "
-            f"{', '.join(sorted(linear))} ({error})"
-        ) from error
+        raise ConfigError(f"{refused.format(', '.join(targets))} ({error})") from error
+    found = [f".{name}" for name in model.base_model.targeted_module_names]
+    if lost := [target for target in names if not any(name.endswith(f".{target}") for name in found)]:
+        raise ConfigError(refused.format(", ".join(lost)))
     if spec.training.precision is not Precision.FP32 and not trains_masters(spec):  # peft makes them float32
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _names_of_modules(config: Any, model: Any) -> list[str]:
+    """The target modules of peft's configuration that have to be found: neither all, nor experts that transformers has fused.
+
+    Experts have the names of the model's files, such as `w1`, and peft finds the weight that they became.
+
+    Raises:
+        ValueError: an expert's matrix is named without the one that it is fused with.
+    """
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    if isinstance(config.target_modules, str):
+        return []
+    rest = copy.deepcopy(config)
+    convert_peft_config_for_transformers(rest, model, None)
+    return sorted(rest.target_modules)
 
 
 def unwrap(model: Any) -> Any:

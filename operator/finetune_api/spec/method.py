@@ -28,6 +28,15 @@ class QuantizationBits(IntEnum):
 
 
 class AdapterSpec(ApiModel):
+    model_config = {
+        "json_schema_extra": rules(
+            (
+                "!('All' in self.targetModules) || size(self.targetModules) == 1",
+                "`All` of `targetModules` stands alone; give it, or the names of all layers that are meant",
+            ),
+        )
+    }
+
     rank: Annotated[int, Field(ge=1, le=1024)] = 16
     """Rank of the LoRA matrices."""
     alpha: Annotated[int, Field(ge=1, le=4096)] | None = None

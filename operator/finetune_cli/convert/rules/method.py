@@ -42,6 +42,12 @@ def adapter(c: Conversion) -> None:
     c.put("adapter.alpha", c.config["lora_alpha"] or 2 * rank, "lora_alpha", "lora_rank")
     c.put("adapter.dropout", decimal(c.config["lora_dropout"]), "lora_dropout")
     targets = c.config["lora_target"]
+    if "all" in targets and len(targets) > 1:
+        c.refuse(
+            "lora_target",
+            "LLaMA-Factory reads `all` beside other names as a layer's name, and trains only the others",
+            "`lora_target: all`, or the names of all layers that are meant",
+        )
     c.put("adapter.targetModules", ["All"] if targets == ["all"] else targets, "lora_target")
     if c.config["use_dora"] and c.config["use_rslora"]:
         c.refuse(
