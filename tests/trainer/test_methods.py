@@ -205,6 +205,30 @@ def test_targets_of_experts_are_those_of_the_models_files(assets: Assets, tmp_pa
         load(mixtral, adapter__targetModules=["w1"])
 
 
+ROUTED: dict[str, tuple[str, dict[str, Any]]] = {
+    "Llama 4": ("llama4_text", {"intermediate_size_mlp": 128, "head_dim": 16}),
+    "Phi-MoE": ("phimoe", {}),
+}
+
+
+@pytest.mark.parametrize("changes", [{}, QLORA], ids=["LoRA", "QLoRA"])
+@pytest.mark.parametrize(("kind", "sizes"), ROUTED.values(), ids=ROUTED)
+def test_adapters_leave_out_routers(
+    assets: Assets, tmp_path: Path, kind: str, sizes: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """They are linear layers of a class of their own, whose forward pass returns several tensors."""
+    made = tiny.make_other(tmp_path, kind, num_local_experts=4, num_experts_per_tok=1 + (kind == "phimoe"), **sizes)
+    routed = replace(assets, model=made)
+    model = load(routed, **changes)
+    _, gradients = run(model)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert gradients.keys() == trained
+    assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in trained} >= {"q_proj", "o_proj"}
+    assert not any("router" in name for name in trained)
+    with pytest.raises(ConfigError, match=r": router does not fit [^;]*; its linear layers are (?!.*router).*q_proj"):
+        load(routed, **changes, adapter__targetModules=["q_proj", "router"])
+
+
 EVALUATED: dict[str, dict[str, Any]] = {
     "some layers": {"adapter__targetModules": ["q_proj", "v_proj"]},
     "dora": {"adapter__variant": "DoRA"},

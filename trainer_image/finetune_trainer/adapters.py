@@ -26,21 +26,24 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
 
     torch.manual_seed(spec.training.seed)  # the same new weights on every rank, whatever came before
     targets = adapter.target_modules
-    vision = any(part_of(name) for name, _ in model.named_modules())
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    # Mostly routers are no linear layers. peft cannot adapt those that are: they return more than a product.
+    routers = {_last(name) for name, module in linear.items() if "Router" in type(module).__name__}
+    left_out = [rf"(?:.*\.)?{name}" for name in sorted(routers)]
+    if any(part_of(name) for name, _ in model.named_modules()):
+        left_out.append(_of_vision_unless_named(targets))
     config = LoraConfig(
         r=adapter.rank,
         lora_alpha=adapter.alpha,
         lora_dropout=adapter.dropout,
         target_modules="all-linear" if targets == ALL else sorted(targets),
-        exclude_modules=_of_vision_unless_named(targets) if vision else None,
+        exclude_modules="|".join(left_out) or None,
         use_dora=adapter.variant is AdapterVariant.DORA,
         use_rslora=adapter.variant is AdapterVariant.RSLORA,
         task_type="CAUSAL_LM",
     )
-    linear = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    refused = (
-        f"adapter.targetModules: {{}} does not fit {spec.model.uri}; its linear layers are {', '.join(sorted(linear))}"
-    )
+    known = ", ".join(sorted({_last(name) for name in linear} - routers))
+    refused = f"adapter.targetModules: {{}} does not fit {spec.model.uri}; its linear layers are {known}"
     try:
         names = _names_of_modules(config, model)
         model = get_peft_model(model, config)
@@ -54,6 +57,10 @@ def add_adapter(model: Any, adapter: LaunchAdapter, spec: LaunchSpec) -> Any:
             if parameter.requires_grad:
                 parameter.data = parameter.data.to(torch.bfloat16)
     return model
+
+
+def _last(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def _names_of_modules(config: Any, model: Any) -> list[str]:
