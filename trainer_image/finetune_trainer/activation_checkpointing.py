@@ -3,11 +3,36 @@
 from typing import Any
 
 from finetune_api.spec import ActivationCheckpointing as Mode
+from finetune_trainer.errors import ConfigError
 
 _SAVED_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "gemm_4bit", "int8_scaled_mm")
 """Names without namespace of what SelectiveOp keeps, beside every operator with `attention` or `attn` in its name."""
 SELECTED_LAYER_DISTANCE = 2
 """SelectiveLayer recomputes every second layer."""
+
+
+def check_recomputation(config: Any, mode: Mode, *, reentrant: bool) -> None:
+    """Refuses what would give wrong gradients; to be called before the weights are read.
+
+    Layers that take keys and values of an earlier one get them through a dict beside the layers' inputs. The reentrant form
+    differentiates inputs and parameters only, so the earlier layer would miss the later ones' part of its gradient.
+
+    Args:
+        config: the model's, of transformers.
+        mode: what is recomputed.
+        reentrant: whether ZeRO-3 partitions the parameters.
+
+    Raises:
+        ConfigError: naming what to set instead.
+    """
+    text = config.get_text_config()
+    shares = any("reuse" in (sharing or "") for sharing in getattr(text, "kv_sharing_modes", ()))
+    if reentrant and mode is not Mode.NONE and shares:
+        raise ConfigError(
+            f"training.activationCheckpointing: {mode} with `deepspeed.zeroStage: 3` would give wrong gradients: layers of a "
+            f"{text.model_type} share keys and values; use `training.activationCheckpointing: None`, or `deepspeed.zeroStage` "
+            "0, 1 or 2"
+        )
 
 
 def checkpoint_activations(model: Any, mode: Mode, *, reentrant: bool) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 from finetune_api.launch import LaunchSpec
 from finetune_api.spec import Precision
 from finetune_trainer import vision
-from finetune_trainer.activation_checkpointing import checkpoint_activations
+from finetune_trainer.activation_checkpointing import check_recomputation, checkpoint_activations
 from finetune_trainer.adapters import add_adapter, freeze, unwrap
 from finetune_trainer.data.chat_templates import fix_date, set_chat_template
 from finetune_trainer.errors import ConfigError, reading
@@ -92,7 +92,8 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     Under ZeRO-3 every weight is partitioned as it is created, so no rank ever holds the whole model.
 
     Raises:
-        ConfigError: the folder is no causal language model, nothing of it can be quantised, or a target module does not exist.
+        ConfigError: the folder is no causal language model, nothing of it can be quantised, a target module does not exist, or
+            gradients would be wrong.
         StorageError: the volume fails.
     """
     import torch
@@ -101,18 +102,21 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    recomputed, partitioned = spec.training.activation_checkpointing, spec.deepspeed.zero_stage == 3
     keep_alive = None
-    if spec.deepspeed.zero_stage == 3:
+    if partitioned:
         from transformers.integrations import HfDeepSpeedConfig
 
         keep_alive = HfDeepSpeedConfig(deepspeed_config)  # from_pretrained looks for it
     dtype = torch.float32 if spec.training.precision is Precision.FP32 else torch.bfloat16
     placed: dict[str, Any] = {}
-    if spec.quantization is not None or (spec.deepspeed.zero_stage < 3 and torch.cuda.is_available()):
+    if spec.quantization is not None or (not partitioned and torch.cuda.is_available()):
         placed["device_map"] = device_map()
     try:
         with reading("model.uri", path):
-            config = AutoConfig.from_pretrained(str(path), local_files_only=True).to_dict()
+            loaded = AutoConfig.from_pretrained(str(path), local_files_only=True)
+            check_recomputation(loaded, recomputed, reentrant=partitioned)
+            config = loaded.to_dict()
             sees = vision.sees(config)
             if spec.quantization is not None:
                 placed["quantization_config"] = quantization_config(spec.quantization, spec, sees=sees)
@@ -144,7 +148,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
         freeze(model, spec.freeze, spec.model.uri)
     if sees:
         vision.choose_trained(model, spec.vision or vision.NOTHING_TRAINED)
-    checkpoint_activations(model, spec.training.activation_checkpointing, reentrant=spec.deepspeed.zero_stage == 3)
+    checkpoint_activations(model, recomputed, reentrant=partitioned)
     if sees:
         vision.prepare(unwrap(model))
     # from_pretrained leaves the model in eval mode: no dropout, no recomputation. The first evaluation would end that, but a run

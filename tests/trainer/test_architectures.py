@@ -1,0 +1,94 @@
+"""Models that are unlike Llama: what they need of the trainer, and what is refused for them. In this process, no pods."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from finetune_api.spec import ActivationCheckpointing
+from finetune_trainer.activation_checkpointing import check_recomputation, checkpoint_activations
+from finetune_trainer.errors import ConfigError
+from finetune_trainer.model import load_model
+from finetune_trainer.quirks import tame_deepspeed
+from tests.trainer.conftest import Assets
+from tests.trainer.test_methods import run, spec_of
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "sliding_window": 8,
+}
+SHARED: dict[str, Any] = {
+    "num_hidden_layers": 4,
+    "num_kv_shared_layers": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+    "vocab_size_per_layer_input": 64,
+    "hidden_size_per_layer_input": 16,
+}
+"""The last two layers take keys and values of the first two."""
+KINDS: dict[str, dict[str, Any]] = {
+    "gemma3n_text": {**SHARED, "laurel_rank": 8, "activation_sparsity_pattern": None},
+    "gemma4_text": {**SHARED, "global_head_dim": 16},
+}
+
+
+def small(kind: str) -> Any:
+    """A random model of transformers' type `kind`."""
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config_of(kind))
+
+
+def config_of(kind: str, **others: Any) -> Any:
+    return AutoConfig.for_model(kind, **{**SIZES, **KINDS[kind], **others})
+
+
+def recomputed(kind: str, mode: ActivationCheckpointing, *, reentrant: bool = False) -> dict[str, torch.Tensor]:
+    model = small(kind).train()
+    checkpoint_activations(model, mode, reentrant=reentrant)
+    return run(model)[1]
+
+
+def differing(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> set[str]:
+    """Names of gradients that are not those expected."""
+    assert found.keys() == expected.keys()
+    return {name for name in found if (found[name] - expected[name]).norm() > 1e-4 * expected[name].norm()}
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_reentrant_recomputation_loses_gradients_of_shared_keys_and_values(kind: str) -> None:
+    """Why it is refused. If this fails, transformers or torch has learnt it, and `check_recomputation` can go."""
+    none, full = ActivationCheckpointing.NONE, ActivationCheckpointing.FULL
+    expected = recomputed(kind, none)
+    assert not differing(recomputed(kind, full), expected)
+    wrong = differing(recomputed(kind, full, reentrant=True), expected)
+    assert "model.layers.0.self_attn.k_proj.weight" in wrong
+
+
+@pytest.mark.parametrize("mode", list(ActivationCheckpointing))
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_recomputation_of_shared_keys_and_values_is_refused_under_zero_3(
+    kind: str, mode: ActivationCheckpointing
+) -> None:
+    config = config_of(kind)
+    check_recomputation(config, mode, reentrant=False)
+    check_recomputation(config_of(kind, num_kv_shared_layers=0), mode, reentrant=True)
+    if mode is ActivationCheckpointing.NONE:
+        check_recomputation(config, mode, reentrant=True)
+        return
+    with pytest.raises(ConfigError, match=f"{mode} with .*zeroStage: 3.* use `training.activationCheckpointing: None`"):
+        check_recomputation(config, mode, reentrant=True)
+
+
+def test_the_refusal_comes_before_the_weights_are_read(assets: Assets, tmp_path: Path) -> None:
+    tame_deepspeed()
+    config_of("gemma3n_text").save_pretrained(tmp_path)
+    spec = spec_of(assets, deepspeed__zeroStage=3, training__activationCheckpointing="SelectiveLayer")
+    with pytest.raises(ConfigError, match="layers of a gemma3n_text share keys and values"):
+        load_model(tmp_path, spec, {})
