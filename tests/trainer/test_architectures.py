@@ -13,7 +13,7 @@ from finetune_trainer.errors import ConfigError
 from finetune_trainer.model import load_model
 from finetune_trainer.quirks import tame_deepspeed
 from tests.trainer.conftest import Assets
-from tests.trainer.test_methods import run, spec_of
+from tests.trainer.test_methods import plain, run, spec_of
 
 SIZES: dict[str, Any] = {
     "vocab_size": 64,
@@ -92,3 +92,26 @@ def test_the_refusal_comes_before_the_weights_are_read(assets: Assets, tmp_path:
     spec = spec_of(assets, deepspeed__zeroStage=3, training__activationCheckpointing="SelectiveLayer")
     with pytest.raises(ConfigError, match="layers of a gemma3n_text share keys and values"):
         load_model(tmp_path, spec, {})
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_selective_op_leaves_gradients_what_they_are(kind: str) -> None:
+    """Gemma 3n adds in place to products of batches of matrices."""
+    expected = recomputed(kind, ActivationCheckpointing.NONE)
+    assert not differing(recomputed(kind, ActivationCheckpointing.SELECTIVE_OP), expected)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_selective_op_refuses_a_model_that_changes_what_is_kept(bias: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would add to the kept product once more in the backward pass, without a word."""
+    model = plain()
+    mlp = model.model.layers[0].mlp
+    mlp.down_proj = torch.nn.Linear(48, 32, bias=bias)
+    forward = type(mlp).forward
+    monkeypatch.setattr(type(mlp), "forward", lambda self, x: forward(self, x).add_(x))
+    run(model)
+    checkpoint_activations(model, ActivationCheckpointing.SELECTIVE_OP, reentrant=False)
+    with pytest.raises(
+        ConfigError, match=r"SelectiveOp cannot be used .* aten.add_.Tensor .* use `SelectiveLayer` or `Full`"
+    ):
+        run(model)

@@ -5,8 +5,12 @@ from typing import Any
 from finetune_api.spec import ActivationCheckpointing as Mode
 from finetune_trainer.errors import ConfigError
 
-_SAVED_OPERATORS = ("mm", "addmm", "bmm", "baddbmm", "linear", "_scaled_mm", "gemm_4bit", "int8_scaled_mm")
-"""Names without namespace of what SelectiveOp keeps, beside every operator with `attention` or `attn` in its name."""
+_SAVED_OPERATORS = ("mm", "addmm", "linear", "_scaled_mm", "gemm_4bit", "int8_scaled_mm")
+"""Names without namespace of what SelectiveOp keeps, beside every operator with `attention` or `attn` in its name.
+
+Products of batches of matrices (`bmm`) are not kept: eager attention's scores grow with the square of the length, and Gemma 3n
+adds to its own in place.
+"""
 SELECTED_LAYER_DISTANCE = 2
 """SelectiveLayer recomputes every second layer."""
 
@@ -64,13 +68,35 @@ def checkpoint_activations(model: Any, mode: Mode, *, reentrant: bool) -> None:
 def _selective_contexts() -> Any:
     from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
-    return create_selective_checkpoint_contexts(_policy)  # type: ignore[no-untyped-call]
+    return create_selective_checkpoint_contexts(_policy())  # type: ignore[no-untyped-call]
 
 
-def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Any:
+def _policy() -> Any:
+    """What is kept of one layer's forward pass.
+
+    A kept result that is changed in place would be changed once more in the backward pass. torch sees that by the tensor's
+    version, which a linear layer's `_unsafe_view` does not carry on, so storages are compared here.
+    """
+    import torch
     from torch.utils.checkpoint import CheckpointPolicy
 
-    return CheckpointPolicy.MUST_SAVE if is_kept(str(operator)) else CheckpointPolicy.PREFER_RECOMPUTE
+    storages: set[int] = set()
+
+    def policy(context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> Any:
+        result = context.op_output
+        results = result if isinstance(result, tuple) else (result,)
+        touched = {each.untyped_storage()._cdata for each in results if isinstance(each, torch.Tensor)}
+        if is_kept(str(operator)):
+            storages.update(touched)
+            return CheckpointPolicy.MUST_SAVE
+        if operator._schema.is_mutable and storages & touched:
+            raise ConfigError(
+                f"training.activationCheckpointing: {Mode.SELECTIVE_OP} cannot be used with this model, whose {operator} changes "
+                f"a kept result in place; use `{Mode.SELECTIVE_LAYER}` or `{Mode.FULL}`"
+            )
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    return policy
 
 
 def is_kept(operator: str) -> bool:

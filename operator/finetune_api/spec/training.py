@@ -138,7 +138,7 @@ class TrainingSpec(ApiModel):
     activation_checkpointing: ActivationCheckpointing = ActivationCheckpointing.NONE
     """Full recomputes every layer's activations in the backward pass: less memory, a quarter to a third slower. FullOffload also
     keeps the layers' inputs in CPU memory. SelectiveLayer recomputes every second layer. SelectiveOp keeps the results of
-    matrix products and attention and recomputes the rest."""
+    linear layers and attention and recomputes the rest."""
     seed: Annotated[int, Field(ge=0, le=4294967295)] = 42
     """Seed of data order, dropout and new weights."""
     eval_every_steps: Annotated[int, Field(ge=1)] | None = None
