@@ -1,5 +1,7 @@
 """Models that are unlike Llama: what they need of the trainer, and what is refused for them. In this process, no pods."""
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,16 +9,26 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from finetune_api.spec import ActivationCheckpointing
+from finetune_api.spec import ActivationCheckpointing, Attention
+from finetune_trainer import kernels
 from finetune_trainer.activation_checkpointing import check_recomputation, checkpoint_activations
+from finetune_trainer.attention import Choice, plain_attention, use
+from finetune_trainer.data.batches import Rows
+from finetune_trainer.data.packing import single_rows
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.model import load_model
+from finetune_trainer.optimizers import build_optimizer
 from finetune_trainer.quirks import tame_deepspeed
+from finetune_trainer.step import loss_sum
 from tests.trainer.conftest import Assets
+from tests.trainer.jobs import FULL
 from tests.trainer.test_methods import plain, run, spec_of
+from tests.trainer.test_numbers import store_of
+
+CPU = torch.device("cpu")
 
 SIZES: dict[str, Any] = {
-    "vocab_size": 64,
+    "vocab_size": 384,
     "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
@@ -36,6 +48,10 @@ SHARED: dict[str, Any] = {
 KINDS: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**SHARED, "laurel_rank": 8, "activation_sparsity_pattern": None},
     "gemma4_text": {**SHARED, "global_head_dim": 16},
+    "gemma2": {"attn_logit_softcapping": 0.5},
+    "gpt_oss": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "bloom": {"n_layer": 2, "n_head": 2},
+    "mpt": {"d_model": 32, "n_layers": 2, "n_heads": 2},
 }
 
 
@@ -115,3 +131,49 @@ def test_selective_op_refuses_a_model_that_changes_what_is_kept(bias: bool, monk
         ConfigError, match=r"SelectiveOp cannot be used .* aten.add_.Tensor .* use `SelectiveLayer` or `Full`"
     ):
         run(model)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss", "bloom", "mpt"])
+def test_a_model_without_sdpa_is_loaded_and_learns(kind: str, assets: Assets, tmp_path: Path) -> None:
+    tame_deepspeed()
+    small(kind).save_pretrained(tmp_path)
+    spec = spec_of(assets, **FULL, training__precision="FP32")
+    model = load_model(tmp_path, spec, {})
+    kernels.prepare(model, spec, CPU)
+    assert kernels.kernels_of(model).attention.name is Attention.EAGER
+    optimizer = build_optimizer(model, spec)
+    store = store_of(assets.train)
+    batch = Rows(store, single_rows(len(store)), packed=False).batch([0, 1])
+    losses = []
+    for _ in range(2):
+        loss = loss_sum(model, batch, CPU)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
+
+
+@pytest.mark.parametrize("said", [{}, {"attn_implementation": "flash_attention_2"}], ids=["nothing", "flash-attention"])
+def test_a_model_with_sdpa_is_loaded_with_it_whatever_its_file_says(
+    said: dict[str, Any], assets: Assets, tmp_path: Path
+) -> None:
+    tame_deepspeed()
+    shutil.copytree(assets.model, tmp_path, dirs_exist_ok=True)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **said}))
+    assert load_model(tmp_path, spec_of(assets), {}).config._attn_implementation == "sdpa"
+
+
+def test_plain_attention_keeps_the_cap_of_scores() -> None:
+    model = small("gemma2").eval()
+    for name, parameter in model.named_parameters():
+        torch.nn.init.normal_(parameter, std=0.5 if "norm" not in name else 0.0)
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        expected = model(input_ids=ids).logits
+        use(model, Choice(Attention.FLASH_ATTENTION_2, "as the job says"))
+        with plain_attention(model):
+            found = model(input_ids=ids).logits
+    assert torch.equal(found, expected)
+    assert model.config._attn_implementation == "finetune_fa2"

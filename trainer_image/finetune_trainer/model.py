@@ -123,7 +123,7 @@ def load_model(path: Path, spec: LaunchSpec, deepspeed_config: dict[str, Any]) -
             model, loading = vision.model_class(config).from_pretrained(
                 str(path),
                 dtype=dtype,
-                attn_implementation="sdpa",
+                attn_implementation=None,  # transformers' choice, whatever config.json says; `attention.use` comes later
                 local_files_only=True,
                 output_loading_info=True,
                 **placed,

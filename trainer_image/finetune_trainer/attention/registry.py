@@ -6,7 +6,7 @@ from typing import Any
 
 from finetune_api.spec import Attention
 from finetune_trainer.attention import flash, varlen
-from finetune_trainer.attention.choose import IMPLEMENTATIONS, Choice
+from finetune_trainer.attention.choose import IMPLEMENTATIONS, Choice, why_not
 from finetune_trainer.attention.sequences import attention_function
 from finetune_trainer.errors import ConfigError
 
@@ -39,9 +39,7 @@ def use(model: Any, choice: Choice) -> None:
         raise ConfigError(f"training.attention: {choice.name} cannot be used: {error}") from error
     used = model.config.get_text_config()._attn_implementation
     if used != choice.implementation:  # some models only warn
-        raise ConfigError(
-            f"training.attention: {type(model).__name__} cannot use {choice.name}, only {used}; use SDPA or Auto"
-        )
+        raise ConfigError(f"training.attention: {type(model).__name__} cannot use {choice.name}, only {used}; use Auto")
 
 
 @contextmanager
@@ -54,10 +52,12 @@ def plain_attention(model: Any) -> Iterator[None]:
     configs = {id(c): c for c in (m.config for m in model.modules() if hasattr(m, "config"))}.values()
     before = [(config, config._attn_implementation) for config in configs if hasattr(config, "_attn_implementation")]
     ours = {IMPLEMENTATIONS[name] for name in _KERNELS}
+    exact = why_not(Attention.SDPA, model, model.device, model.dtype) is None
+    plain = IMPLEMENTATIONS[Attention.SDPA if exact else Attention.EAGER]
     try:
         for config, name in before:
             if name in ours:
-                config._attn_implementation = "sdpa"
+                config._attn_implementation = plain
         yield
     finally:
         for config, name in before:
