@@ -314,25 +314,60 @@ def test_clipping_is_by_the_norm_in_float32_and_leaves_short_gradients(dtype: to
             torch.testing.assert_close(moment, expected, rtol=1e-5 if dtype is torch.float32 else 1.6e-2, atol=1e-7)
 
 
-BLOCKS: dict[str, tuple[dict[str, Any], str]] = {
-    "unknown top level": ({"zero": {}}, r"deepspeed.config.zero: is not taken here; allowed are .*zero_optimization"),
-    "unknown ZeRO key": ({"zero_optimization": {"partition_weights": True}}, "partition_weights: Extra inputs"),
-    "wrong type": ({"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: .*integer"),
-    "needs a GPU": ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights: needs GPUs"),
+BLOCKS: dict[str, tuple[int, dict[str, Any], str]] = {
+    "unknown top level": (
+        0,
+        {"zero": {}},
+        r"deepspeed.config.zero: is not taken here; allowed are .*zero_optimization",
+    ),
+    "unknown ZeRO key": (0, {"zero_optimization": {"partition_weights": True}}, "partition_weights: Extra inputs"),
+    "wrong type": (0, {"zero_optimization": {"reduce_bucket_size": "big"}}, "reduce_bucket_size: .*integer"),
+    "needs a GPU": (0, {"zero_optimization": {"zero_quantized_weights": True}}, "zero_quantized_weights: needs GPUs"),
     "offload without its field": (
+        0,
         {"zero_optimization": {"offload_optimizer": {"pin_memory": False}}},
         "offload_optimizer: needs `deepspeed.offloadOptimizer: CPU`",
     ),
-    "divided twice": ({"gradient_predivide_factor": 2}, "must be 1 with zeroStage 3"),
+    "no number of steps": (0, {"steps_per_print": "a"}, "steps_per_print: must be a positive integer or null, got `a`"),
+    "every zeroth step": (0, {"steps_per_print": 0}, "steps_per_print: must be a positive integer or null, got `0`"),
+    "divided by nothing": (1, {"gradient_predivide_factor": 0}, "must be a positive number, got `0`"),
+    "divided twice": (3, {"gradient_predivide_factor": 2}, "must be 1 with zeroStage 3"),
+    "divided before it is scattered": (2, {"gradient_predivide_factor": 2}, "must be 1 with zeroStage 2, unless"),
+    "scaled before it is scattered": (
+        2,
+        {"prescale_gradients": True},
+        "prescale_gradients: must be false with zeroStage 2",
+    ),
+    "scaled before it is scattered, 3": (3, {"prescale_gradients": True}, "must be false with zeroStage 3, unless"),
+    "another unit": (
+        3,
+        {"zero_optimization": {"stage3_module_granularity_threshold": 100}},
+        "stage3_module_granularity_threshold: must be 0",
+    ),
 }
 
 
-@pytest.mark.parametrize(("block", "says"), BLOCKS.values(), ids=BLOCKS.keys())
-def test_a_raw_block_is_checked_by_deepspeed(assets: Assets, block: dict[str, Any], says: str) -> None:
-    stage = 3 if "gradient_predivide_factor" in block else 0
+@pytest.mark.parametrize(("stage", "block", "says"), BLOCKS.values(), ids=BLOCKS.keys())
+def test_a_raw_block_is_checked_before_the_model_is_loaded(
+    assets: Assets, stage: int, block: dict[str, Any], says: str
+) -> None:
     spec = spec_of(assets, deepspeed__config=block, deepspeed__zeroStage=stage)
     with pytest.raises(ConfigError, match=says):
         check_block(block, engine.deepspeed_config(spec), cuda=False)
+
+
+@pytest.mark.parametrize(
+    ("stage", "block"),
+    [
+        (1, {"gradient_predivide_factor": 2.0, "prescale_gradients": True}),
+        (2, {"gradient_predivide_factor": 2.0, "zero_optimization": {"reduce_scatter": False}}),
+        (3, {"prescale_gradients": False, "steps_per_print": 10}),
+        (3, {"zero_optimization": {"stage3_module_granularity_threshold": 0}, "steps_per_print": None}),
+    ],
+)
+def test_a_raw_block_that_works_is_taken(assets: Assets, stage: int, block: dict[str, Any]) -> None:
+    spec = spec_of(assets, deepspeed__config=block, deepspeed__zeroStage=stage)
+    check_block(block, engine.deepspeed_config(spec), cuda=False)
 
 
 def test_a_raw_block_is_merged_last_and_deep(assets: Assets) -> None:

@@ -11,6 +11,7 @@ from finetune_trainer.errors import ConfigError
 
 FIELD = "deepspeed.config"
 ONLY_CUDA = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_quantized_gradients")
+PREDIVIDE = "gradient_predivide_factor"
 
 
 def merged(config: dict[str, Any], raw: dict[str, Any]) -> dict[str, Any]:
@@ -45,19 +46,45 @@ def check_block(raw: dict[str, Any] | None, config: dict[str, Any], *, cuda: boo
     for name, field in (("offload_optimizer", "offloadOptimizer"), ("offload_param", "offloadParameters")):
         if name in zero and "device" not in config["zero_optimization"][name]:  # the field's
             raise ConfigError(f"{FIELD}.zero_optimization.{name}: needs `deepspeed.{field}: CPU`")
-    if config["zero_optimization"]["stage"] == 3 and raw.get("gradient_predivide_factor", 1) != 1:
+    _check_numbers(raw)
+    _check_stage(_ask_deepspeed(config))
+
+
+def _check_numbers(raw: dict[str, Any]) -> None:
+    """DeepSpeed's schema has no types for these."""
+    steps = raw.get("steps_per_print")
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise ConfigError(f"{FIELD}.steps_per_print: must be a positive integer or null, got `{steps}`")
+    factor = raw.get(PREDIVIDE, 1)
+    if type(factor) not in (int, float) or factor <= 0:
+        raise ConfigError(f"{FIELD}.{PREDIVIDE}: must be a positive number, got `{factor}`")
+
+
+def _check_stage(parsed: Any) -> None:
+    """What the engine would refuse by an assertion, once the model is loaded."""
+    zero, stage = parsed.zero_config, int(parsed.zero_config.stage)
+    divided = parsed.gradient_predivide_factor != 1
+    if stage == 3 and divided:
+        raise ConfigError(f"{FIELD}.{PREDIVIDE}: must be 1 with zeroStage 3, whose gradients are divided once")
+    if stage == 3 and zero.module_granularity_threshold > 0:
         raise ConfigError(
-            f"{FIELD}.gradient_predivide_factor: must be 1 with zeroStage 3, whose gradients are divided once"
+            f"{FIELD}.zero_optimization.stage3_module_granularity_threshold: must be 0; the unit of ZeRO-3 is the decoder layer"
         )
-    _ask_deepspeed(config)
+    if stage >= 2 and zero.reduce_scatter:
+        unless = f"with zeroStage {stage}, unless `zero_optimization.reduce_scatter` is false"
+        if divided:
+            raise ConfigError(f"{FIELD}.{PREDIVIDE}: must be 1 {unless}")
+        if parsed.prescale_gradients:
+            raise ConfigError(f"{FIELD}.prescale_gradients: must be false {unless}")
 
 
-def _ask_deepspeed(config: dict[str, Any]) -> None:
+def _ask_deepspeed(config: dict[str, Any]) -> Any:
+    """DeepSpeed's reading of the configuration."""
     from deepspeed.runtime.config import DeepSpeedConfig, DeepSpeedConfigError
     from pydantic import ValidationError
 
     try:
-        DeepSpeedConfig(config)
+        return DeepSpeedConfig(config)
     except ValidationError as error:
         lines = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()[:5]]
         raise ConfigError(f"{FIELD}: DeepSpeed's {error.title} refuses it: {'; '.join(lines)}") from error
