@@ -17,7 +17,7 @@ from finetune_trainer.data.batches import Rows
 from finetune_trainer.data.packing import single_rows
 from finetune_trainer.errors import ConfigError
 from finetune_trainer.model import load_model
-from finetune_trainer.optimizers import build_optimizer
+from finetune_trainer.optimizers import build_optimizer, parameter_groups
 from finetune_trainer.quirks import tame_deepspeed
 from finetune_trainer.step import loss_sum
 from tests.trainer.conftest import Assets
@@ -177,3 +177,17 @@ def test_plain_attention_keeps_the_cap_of_scores() -> None:
             found = model(input_ids=ids).logits
     assert torch.equal(found, expected)
     assert model.config._attn_implementation == "finetune_fa2"
+
+
+def test_biases_of_experts_have_no_weight_decay(assets: Assets) -> None:
+    model = small("gpt_oss")
+    groups = parameter_groups(model, spec_of(assets, **FULL))
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    decays = {name: decay[id(parameter)] > 0 for name, parameter in model.named_parameters()}
+    experts = "model.layers.0.mlp.experts."
+    assert {name: decays[experts + name] for name in ("gate_up_proj", "gate_up_proj_bias", "down_proj_bias")} == {
+        "gate_up_proj": True,
+        "gate_up_proj_bias": False,
+        "down_proj_bias": False,
+    }
+    assert not any(value for name, value in decays.items() if name.endswith(("bias", "norm.weight")))

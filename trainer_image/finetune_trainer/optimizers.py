@@ -38,11 +38,14 @@ def build_optimizer(model: Any, spec: LaunchSpec) -> Any:
 
 
 def parameter_groups(model: Any, spec: LaunchSpec) -> list[dict[str, Any]]:
-    """Vectors (norms, biases) have no weight decay; LoRA+'s B matrices and a projector have rates of their own."""
+    """Vectors (norms) and biases have no weight decay; LoRA+'s B matrices and a projector have rates of their own.
+
+    Biases are told by their name too: those of experts and of blocks are stacked to matrices.
+    """
     groups: dict[tuple[float, bool], list[Any]] = {(1.0, True): [], (1.0, False): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kind = (_rate_multiplier(name, spec), _dimensions(parameter) >= 2)
+            kind = (_rate_multiplier(name, spec), _dimensions(parameter) >= 2 and not name.endswith("bias"))
             groups.setdefault(kind, []).append(parameter)
     decay = spec.training.weight_decay
     return [
