@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from liger_kernel.transformers import monkey_patch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from finetune_api.spec import ActivationCheckpointing, Attention
@@ -22,7 +23,7 @@ from finetune_trainer.quirks import tame_deepspeed
 from finetune_trainer.step import loss_sum
 from tests.trainer.conftest import Assets
 from tests.trainer.jobs import FULL
-from tests.trainer.test_methods import plain, run, spec_of
+from tests.trainer.test_methods import load, plain, run, spec_of
 from tests.trainer.test_numbers import store_of
 
 CPU = torch.device("cpu")
@@ -191,3 +192,20 @@ def test_biases_of_experts_have_no_weight_decay(assets: Assets) -> None:
         "down_proj_bias": False,
     }
     assert not any(value for name, value in decays.items() if name.endswith(("bias", "norm.weight")))
+
+
+@pytest.mark.parametrize("mode", ["SelectiveOp", "Full", "None"])
+def test_ligers_rotary_embedding_is_left_out_where_its_inputs_are_kept(
+    mode: str, assets: Assets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It works in place, and unseen by the policy of SelectiveOp: its kernel is no operator of torch."""
+    seen: list[bool] = []
+
+    def patch(rope: bool = True, cross_entropy: bool = True, model: Any = None) -> None:
+        seen.append(rope)
+
+    monkeypatch.setitem(monkey_patch.MODEL_TYPE_TO_APPLY_LIGER_FN, "llama", patch)
+    monkeypatch.setattr(kernels, "choose", lambda *_: Choice(Attention.SDPA, "as the job says"))
+    changes = {"training__ligerKernel": True, "training__activationCheckpointing": mode}
+    kernels.prepare(load(assets, **changes), spec_of(assets, **changes), torch.device("cuda"))
+    assert seen == [mode != "SelectiveOp"]

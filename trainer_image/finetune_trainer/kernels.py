@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from finetune_api.launch import LaunchSpec
-from finetune_api.spec import Attention, Precision
+from finetune_api.spec import ActivationCheckpointing, Attention, Precision
 from finetune_trainer import liger, lora_linear, losses
 from finetune_trainer.adapters import unwrap
 from finetune_trainer.attention import Choice, choose, keeps_apart, layout_arguments, use
@@ -54,7 +54,8 @@ def prepare(model: Any, spec: LaunchSpec, device: torch.device) -> None:
     use(causal_lm, choice)
     log.info("%s", choice)
     if training.liger_kernel:
-        liger.apply(causal_lm, device, compiled=training.compile)
+        rotary = training.activation_checkpointing is not ActivationCheckpointing.SELECTIVE_OP
+        liger.apply(causal_lm, device, compiled=training.compile, rotary=rotary)
     together = decoder_layers(causal_lm) if spec.deepspeed.zero_stage == 3 else None
     if together is not None:
         gather_whole(together, spec.deepspeed.config or {})

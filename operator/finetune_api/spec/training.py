@@ -171,7 +171,8 @@ class TrainingSpec(ApiModel):
     for the model and the device, and says so in the log. FlashAttention2 and 3 must be installed in the trainer image;
     Varlen is PyTorch's own for rows of several samples."""
     liger_kernel: bool = False
-    """Use Liger's kernels on GPUs: fused cross-entropy and, without `compile`, its norms, rotary embedding and SwiGLU."""
+    """Use Liger's kernels on GPUs: fused cross-entropy and, without `compile`, its norms, SwiGLU and, unless
+    `activationCheckpointing` is SelectiveOp, its rotary embedding."""
     loader_workers: Annotated[int, Field(ge=1, le=64)] = 2
     """Micro-batches that each rank builds ahead at the same time, each in a thread: images are read and decoded there. Neither
     the order of data nor the result depends on it."""
