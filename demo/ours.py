@@ -59,7 +59,9 @@ def remove(kubectl: Kubectl) -> list[str]:
         jobs = json.loads(kubectl("get", CRD, "--all-namespaces", "-o", "json"))["items"]
         others = sorted({job["metadata"]["namespace"] for job in jobs} - set(ours))
         if others:
-            kept.append(f"CRD {CRD}: there are jobs in {', '.join(others)}")
+            kept.append(
+                f"CRD {CRD}: there are jobs in {', '.join(others)}; when they are gone: kubectl delete crd {CRD}"
+            )
         else:
             kubectl("delete", "customresourcedefinition", CRD, "--ignore-not-found")
     for namespace in ours:
