@@ -17,19 +17,22 @@ def begin(s: Situation, number: int, time: datetime) -> FineTuneJobStatus:
     """The status in which attempt `number` has begun; the newest attempt, if any, has ended."""
     last, plan = current(s.status), choose(s.current_job, s.config)
     status = opened(s.status, number, plan.world_size, time)
-    resumed = is_true(status, ConditionType.SUSPENDED)
     status = status.model_copy(
         update={
             "start_time": time if status.start_time is None else status.start_time,
             "plan": plan,
         }
     )
-    if resumed:
-        status = put(status, s.job, time, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
+    status = resumed(status, s.job, time)
     if last is not None and last.reason is not None and last.reason != Reason.SUSPENDED:
         message = f"Attempt {last.number} ended: {last.message}"
         status = put(status, s.job, time, ConditionType.RESTARTING, True, last.reason, message)
     return status
+
+
+def resumed(status: FineTuneJobStatus, job: FineTuneJob, time: datetime) -> FineTuneJobStatus:
+    """The status of a job that is not suspended any more; of one that never was, as it is."""
+    return put(status, job, time, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
 
 
 def adopt(s: Situation) -> Situation:

@@ -178,9 +178,8 @@ def parse_pod(body: dict[str, Any]) -> ObservedPod:
     """Reads a pod of a gang."""
     meta, spec, status = body["metadata"], body.get("spec") or {}, body.get("status") or {}
     containers = status.get("containerStatuses") or []
-    own: dict[str, Any] = next(
-        (c for c in containers if c.get("name") == CONTAINER), {}
-    )  # others may have been injected beside it
+    # By name: others may have been injected beside it.
+    own: dict[str, Any] = next((c for c in containers if c.get("name") == CONTAINER), {})
     state: dict[str, Any] = own.get("state") or {}
     conditions = {c["type"]: c for c in status.get("conditions") or []}
     scheduled = conditions.get("PodScheduled") or {}

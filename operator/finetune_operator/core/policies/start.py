@@ -7,8 +7,8 @@ from finetune_api.status import MESSAGE_LIMIT, AttemptStatus, ConditionType, Fin
 from finetune_api.words import say_ranks
 from finetune_operator.core.attempts import absorb_reports, current, next_number, restart_delay
 from finetune_operator.core.build import build_attempt
-from finetune_operator.core.conditions import is_true, put
-from finetune_operator.core.lifecycle import begin, observed_generation
+from finetune_operator.core.conditions import put
+from finetune_operator.core.lifecycle import begin, observed_generation, resumed
 from finetune_operator.core.names import attempt_name
 from finetune_operator.core.policies.deadline import deadline_time
 from finetune_operator.core.policies.running import describe
@@ -79,8 +79,7 @@ def waiting(s: Situation, last: AttemptStatus, delay_seconds: int) -> FineTuneJo
     count = f"restart {counted} of at most {limit}" if last.counted else "the next attempt"
     message = f"{sentence(last.message or '')} Waiting {duration(delay_seconds)} before {count}."[:MESSAGE_LIMIT]
     status = put(s.status, s.job, s.now, ConditionType.RUNNING, False, reason, message)
-    if is_true(status, ConditionType.SUSPENDED):
-        status = put(status, s.job, s.now, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
+    status = resumed(status, s.job, s.now)
     status = put(status, s.job, s.now, ConditionType.RESTARTING, True, reason, message)
     status = status.model_copy(update={"state": State.RESTARTING, "reason": reason, "message": message})
     return observed_generation(status, s.job)
@@ -98,7 +97,7 @@ def seconds_to_wait_for_old_pods(s: Situation, last: AttemptStatus) -> float:
 def _wait_for_old_pods(s: Situation, last: AttemptStatus, left: float) -> Plan:
     """After a suspension the old pods may still be saving: what they save is what the new ones go on from."""
     message = f"The pods of attempt {last.number} are still saving a checkpoint and leaving; then the job goes on."
-    status = put(s.status, s.job, s.now, ConditionType.SUSPENDED, False, "Resumed", "The job was resumed.")
+    status = resumed(s.status, s.job, s.now)
     status = status.model_copy(update={"state": State.PENDING, "reason": "Resuming", "message": message})
     child = s.observed.job(last.number)
     deletes = (Delete(Kind.JOB, child.name, child.uid),) if child is not None and not child.deleting else ()

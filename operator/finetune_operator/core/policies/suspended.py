@@ -13,8 +13,7 @@ _WHY = "spec.suspend was set."
 
 
 def suspended(s: Situation) -> Plan | None:
-    """No attempt runs while `spec.suspend` is set. `startTime` is cleared, as for a batch Job: active
-    time begins anew."""
+    """No attempt runs while `spec.suspend` is set. `startTime` is cleared, as for a batch Job: active time begins anew."""
     if not s.job.spec.suspend:
         return None
     # Pods tell how far they came after they were told to leave.
